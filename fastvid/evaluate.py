@@ -8,7 +8,6 @@ from typing import Any
 
 from fastvid.config import ChatConfig, EvaluateConfig
 from fastvid.evaluation import grading, judge, predict, scores
-from fastvid.evaluation.lines import read_lines
 from fastvid.files import atomic_file
 from fastvid.flags import parse
 from fastvid.inference.chat import Chat
@@ -130,7 +129,7 @@ def _judged(config, lines):
         max_tokens=config.judge_max_tokens,
     )
     silent = judge.judge_all(who, asked, config.output, at_once=config.judge_at_once)
-    judgements = read_lines(config.output, judge.JUDGEMENTS)
+    judgements = judge.read_judgements(config.output)
     figures, unreadable, unanswered = scores.judged_values(lines, asked, judgements)
     if unanswered.total():
         reason = next(iter(silent.values()), "another run stopped")

@@ -113,7 +113,8 @@ def _system(aspect):
 def read_reply(text: str, aspect: str) -> dict:
     """{"score": 0 to 5}, and of "qa" {"pred": "yes" or "no"}, that a reply says.
 
-    A reply is one JSON object, or holds exactly one among other words: of several none is the judge's for sure.
+    A reply is one JSON object, or holds exactly one among other words, and no other bracket: of several objects, and of
+    a part of one, none is the judge's for sure.
 
     Raises:
         ValueError: what is wrong with the reply.
@@ -124,7 +125,7 @@ def read_reply(text: str, aspect: str) -> dict:
         raise ValueError("it holds thousands of brackets") from None
     except ValueError:
         objects = re.findall(r"\{[^{}]*\}", text)
-        if len(objects) != 1:
+        if len(objects) != 1 or text.count("{") + text.count("}") > 2:
             raise ValueError("it holds no JSON object" if not objects else "it holds several objects") from None
         try:
             found = json.loads(objects[0], object_pairs_hook=_once)

@@ -233,7 +233,7 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
         Lines(Path(output) / f"{JUDGEMENTS}.jsonl") as lines,
         tqdm(desc="judge", unit=" replies", mininterval=1) as progress,
     ):
-        lines_there = read_lines(output, JUDGEMENTS)  # nobody else adds to them now
+        lines_there = read_judgements(output)  # nobody else adds to them now
         known = {line["key"] for line in lines_there if line.get("cut", judge.max_tokens) >= judge.max_tokens}
         todo = list({ask.key: ask for ask in wanted if ask.key not in known}.values())
         progress.reset(len(todo))
@@ -273,6 +273,25 @@ def _judgement(ask, judge, reply):
         return line | read_reply(reply.text, ask.aspect)
     except ValueError as error:
         return line | {"fault": str(error)}
+
+
+def read_judgements(output: StrPath) -> list[dict]:
+    """The lines of all replies in a folder.
+
+    Raises:
+        ValueError: a line that is no reply's.
+    """
+    return read_lines(output, JUDGEMENTS, _check_line)
+
+
+def _check_line(line):
+    """Refuse what is no line of `_judgement` (ValueError, KeyError)."""
+    if not all(isinstance(line[name], str) for name in ("key", "id", "aspect", "reply")):
+        raise ValueError("it is no reply's")
+    if type(line.get("cut", 1)) is not int:
+        raise ValueError('its "cut" is no number')
+    if "score" in line:
+        read_reply(json.dumps({name: line[name] for name in ("score", "pred") if name in line}), line["aspect"])
 
 
 def key_of(variable: str) -> str | None:

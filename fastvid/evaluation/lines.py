@@ -7,27 +7,36 @@ it, and whoever writes on removes it.
 import fcntl
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fastvid.files import StrPath, naming, shown
 
 
-def read_lines(folder: StrPath, name: str) -> list[dict]:
+def read_lines(folder: StrPath, name: str, check: Callable[[dict], object] = lambda record: None) -> list[dict]:
     """The records of every ``name*.jsonl`` in a folder, file by file.
 
+    Args:
+        check: raises ValueError, KeyError or TypeError for a record of which no use can be made.
+
     Raises:
-        ValueError: a line that is no object, and is not the last of its file.
+        ValueError: a line that is no object, or such a record, and is not the last of its file.
     """
     records = []
     for path in sorted(Path(folder).glob(f"{name}*.jsonl")):
         *lines, _torn = path.read_bytes().split(b"\n")
         for number, line in enumerate(lines, start=1):
             try:
-                records.append(dict(json.loads(line)))
-            except (ValueError, TypeError) as error:
+                record = json.loads(line)
+                if not isinstance(record, dict):
+                    raise ValueError("it is no object")
+                check(record)
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                why = f"it has no {error}" if isinstance(error, KeyError) else error
                 raise ValueError(
-                    f"{shown(path)}: line {number} is damaged ({error}); remove it, and what it held is made again"
+                    f"{shown(path)}: line {number} is damaged ({why}); remove it, and what it held is made again"
                 ) from error
+            records.append(record)
     return records
 
 

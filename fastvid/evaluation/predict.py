@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -19,7 +20,7 @@ from fastvid.batch import by_tower
 from fastvid.config import EvaluateConfig
 from fastvid.config.pooling import RECIPE
 from fastvid.evaluation.lines import Lines, read_lines
-from fastvid.evaluation.tasks import LETTERS, Sample, read_samples, upstream_files
+from fastvid.evaluation.tasks import LETTERS, TASKS, Sample, read_samples, upstream_files
 from fastvid.evaluation.videos import FrameFolder, Videos
 from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, atomic_file, read_json_object, shown
@@ -31,7 +32,7 @@ from fastvid.provenance import same_tower
 log = logging.getLogger("fastvid")
 
 PREDICTIONS, SETTINGS = "predictions", "settings.json"
-_ENDS = 1 << 20  # bytes of a file's beginning and end by which it is known
+_PIECES, _PIECE = 256, 1 << 14  # of a file of weights, by which it is known, and their bytes
 _WEIGHTS = ("*.safetensors", "*.bin")
 _ADAPTER = ("adapter_model.*", "model-*.safetensors")  # in PEFT's format, or in a checkpoint
 
@@ -70,6 +71,7 @@ def predict(
     _same_settings(output, _settings(chat, config, files, samples, about))
     suffixes = SUFFIXES if training else MEDIA_SUFFIXES
     videos, done = Videos(config.video, (sample.video for sample in samples), suffixes), answered(output)
+    _check_known(output, done, samples)
     names = sorted({sample.video for sample in samples})
     share = set(names[rank::world])
     todo = [sample for sample in samples if sample.video in share and sample.id not in done]
@@ -86,10 +88,48 @@ def predict(
 def answered(output: StrPath) -> dict[str, dict]:
     """{id: line} of the samples that are answered."""
     found = {}
-    for line in read_lines(output, PREDICTIONS):
+    for line in read_lines(output, PREDICTIONS, _check_line):
         if "prediction" in line:
             found.setdefault(line["id"], line)
     return found
+
+
+def _check_line(line):
+    """Refuse what is no line of `_line`, and none of a sample that failed (ValueError, KeyError)."""
+    names = ("id", "video", "kind", "group", "answer") if "prediction" in line else ("id",)
+    wrong = [name for name in names if not isinstance(line[name], str)]
+    if "prediction" in line:
+        texts = [[each] if isinstance(each, str) else each for each in (line["question"], line["prediction"])]
+        if not all(isinstance(each, list) and all(isinstance(text, str) for text in each) for each in texts):
+            wrong.append("question")
+        elif len(texts[0]) != len(texts[1]) or not 1 <= len(texts[0]) <= 2:
+            wrong.append("prediction")
+        if line["kind"] == "choice" and not _is_choice(line["options"], line["right"], line["likelihoods"]):
+            wrong.append("likelihoods")
+    if wrong:
+        raise ValueError(f"its {json.dumps(wrong[0])} is not what fastvid writes")
+
+
+def _is_choice(options, right, likelihoods):
+    return (
+        isinstance(options, list)
+        and all(isinstance(option, str) for option in options)
+        and type(right) is int
+        and 0 <= right < len(options) == len(likelihoods)
+        and all(math.isfinite(value) and type(tokens) is int and tokens > 0 for value, tokens in likelihoods)
+    )
+
+
+def _check_known(output, done, samples):
+    """Refuse answers to questions that are none of the samples', as of a file that had another name (ValueError)."""
+    known = {sample.id: sample for sample in samples}
+    for name, line in done.items():
+        sample = known.get(name)
+        if sample is None or (sample.video, sample.kind) != (line["video"], line["kind"]):
+            raise ValueError(
+                f"{shown(output)} holds an answer to {shown(name)}, which --annotations does not ask: their file had "
+                "another name then; give it that name again, or give another --output"
+            )
 
 
 def write_upstream(task: str, samples: Iterable[Sample], output: StrPath) -> None:
@@ -132,6 +172,8 @@ def _answer(chat, config, videos, todo, lines, towers, stopped, training):
     by_path = {}
 
     def fail(sample, error):
+        if sample.id in failed:  # its other question
+            return
         failed[sample.id] = str(error)
         lines.append({"id": sample.id, "video": sample.video, "error": str(error)})
         progress.update()
@@ -161,7 +203,7 @@ def _answer(chat, config, videos, todo, lines, towers, stopped, training):
             for sample in group:
                 try:
                     own = [
-                        chat.request((sample, number), str(path), features_RC, _asked(sample, text))
+                        chat.request((sample.id, number), str(path), features_RC, _asked(sample, text))
                         for number, text in enumerate(sample.texts)
                     ]
                     for each in own:
@@ -173,9 +215,13 @@ def _answer(chat, config, videos, todo, lines, towers, stopped, training):
                     continue
                 asked[sample.id] = own
             scores = dict(zip(choices, option_likelihoods(chat, features_RC, list(choices.values()))))
-            for name, own in asked.items():
-                extra[name], rest[name] = (digest, made, scores.get(name)), len(own)
-                yield from own
+            for sample in group:
+                values = scores.get(sample.id, ())
+                if not all(math.isfinite(value) for value, _ in values):
+                    fail(sample, "the likelihoods of its options are not finite: the model cannot be used so")
+                elif (own := asked.get(sample.id)) is not None:
+                    extra[sample.id], rest[sample.id] = (digest, made, values), len(own)
+                    yield from own
 
     terminal = sys.stderr.isatty()
     with tqdm(
@@ -192,11 +238,12 @@ def _answer(chat, config, videos, todo, lines, towers, stopped, training):
             except ValueError as error:
                 fail(sample, error)
         batch = chat.batcher(config.at_once, config.kv_cache_gib and int(config.kv_cache_gib * 2**30))
-        for (sample, number), ids in batch.run(requests()):
-            parts[sample.id, number] = chat.tokenizer.decode(ids).strip()
-            rest[sample.id] -= 1
-            if not rest[sample.id]:
-                finish(sample)
+        known = {sample.id: sample for sample in todo}
+        for (name, number), ids in batch.run(requests(), lambda key, why: fail(known[key[0]], why)):
+            parts[name, number] = chat.tokenizer.decode(ids).strip()
+            rest[name] -= 1
+            if not rest[name]:
+                finish(known[name])
             if stopped():
                 break
     return failed
@@ -264,15 +311,18 @@ def _settings(chat, config, files, samples, about):
 
 
 def _fingerprint(paths):
-    """Of weights, wherever they lie: names, sizes, and the first and the last MiB of each file."""
+    """Of weights, wherever they lie: names, sizes, and pieces of each file from its beginning to its end.
+
+    Not the ends alone, for there lie tensors that few trainings change.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
             size = path.stat().st_size
             digest.update(f"{path.name} {size} ".encode())
-            digest.update(file.read(_ENDS))
-            file.seek(max(0, size - _ENDS))
-            digest.update(file.read())
+            for number in range(_PIECES):
+                file.seek(max(0, size - _PIECE) * number // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
     return digest.hexdigest()[:16]
 
 
@@ -287,6 +337,8 @@ def read_settings(output: StrPath) -> dict:
         raise ValueError(
             f"--output {shown(output)} holds no predictions: give --model_name_or_path, --annotations and --video first"
         )
+    if found.get("task") not in TASKS or type(found.get("samples")) is not int:
+        raise ValueError(f"{shown(Path(output) / SETTINGS)} is none that fastvid wrote; give another --output")
     return found
 
 

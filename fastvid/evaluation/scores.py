@@ -7,6 +7,7 @@ import ast
 import json
 import re
 import string
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
@@ -30,10 +31,15 @@ _LETTERED = (
     ),  # no "A dog"
 )
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_OF_NUMBERS = re.compile(r"(?<!\w)-(?=\.?\d)|(?<=\d)\.(?=\d)")  # -5 is not 5, and 3.5 is not 35
 
 
-def interval(values: Iterable[float], videos: Iterable[Hashable]) -> tuple[float, float, float]:
+def interval(
+    values: Iterable[float], videos: Iterable[Hashable]
+) -> tuple[float, float, float] | tuple[float, None, None]:
     """(mean, low, high) of values, with the 95 % interval of a bootstrap that draws whole videos (seeded).
+
+    A single video tells nothing of others: there is no interval.
 
     Args:
         values: numbers, at least one.
@@ -45,6 +51,9 @@ def interval(values: Iterable[float], videos: Iterable[Hashable]) -> tuple[float
         counts[video] += 1
     names = sorted(counts)
     sums_V, counts_V = (np.array([of[name] for name in names], dtype=float) for of in (sums, counts))
+    mean = float(sums_V.sum() / counts_V.sum())
+    if len(names) == 1:
+        return mean, None, None
     draws, means = np.random.default_rng(0), []
     at_once = max(1, _MOST_DRAWN // len(names))
     for done in range(0, _RESAMPLES, at_once):
@@ -53,20 +62,22 @@ def interval(values: Iterable[float], videos: Iterable[Hashable]) -> tuple[float
         means.append((drawn_TV @ sums_V) / (drawn_TV @ counts_V))
     means_T = np.concatenate(means)
     low, high = np.percentile(means_T, [2.5, 97.5])
-    return float(sums_V.sum() / counts_V.sum()), float(low), float(high)
+    return mean, float(low), float(high)
 
 
 def choice_values(lines: Iterable[dict]) -> dict[str, dict]:
     """Of multiple choices: whether the likeliest option is right, by its whole text and by its mean token; and whether
-    the letter that the answer names is. {figure: {id: (1 or 0, video)}}"""
+    the letter that the answer names is. {figure: {id: (1 or 0, video)}}
+
+    An option with the text of the right one is right as well: nothing tells the two apart."""
     figures = defaultdict(dict)
     for line in lines:
         logs = [value for value, _ in line["likelihoods"]]
         per_token = [value / tokens for value, tokens in line["likelihoods"]]
-        letter = read_letter(line["prediction"], line["options"])
+        letter, texts = read_letter(line["prediction"], line["options"]), [text.strip() for text in line["options"]]
         chosen = {"likelihood": _best(logs), "likelihood_per_token": _best(per_token), "letter": letter}
         for figure, option in chosen.items():
-            right = float(option == line["right"])
+            right = float(option is not None and texts[option] == texts[line["right"]])
             for name in (figure, f"{figure}/{line['group']}") if line["group"] else (figure,):
                 figures[name][line["id"]] = (right, line["video"])
     return dict(figures)
@@ -89,7 +100,7 @@ def read_letter(text: str, options: Sequence[str]) -> int | None:
         if named:
             return LETTERS.index(named.pop()) if len(named) == 1 else None
     same = [number for number, option in enumerate(options) if _plain(option) == _plain(text)]
-    return same[0] if len(same) == 1 else None
+    return same[0] if len({options[number].strip() for number in same}) == 1 else None
 
 
 def match_values(lines: Iterable[dict]) -> dict[str, dict]:
@@ -104,8 +115,15 @@ def match_values(lines: Iterable[dict]) -> dict[str, dict]:
 
 
 def _plain(text):
-    words = _ARTICLES.sub(" ", "".join(c for c in text.lower() if c not in string.punctuation))
-    return " ".join(words.split())
+    """Of a text that is nothing else, articles or punctuation stay."""
+    text = unicodedata.normalize("NFKC", text).casefold()
+    kept = {found.start() for found in _OF_NUMBERS.finditer(text)}
+    letters = "".join(c for at, c in enumerate(text) if at in kept or not _is_punctuation(c))
+    return " ".join(_ARTICLES.sub(" ", letters).split() or letters.split() or text.split())
+
+
+def _is_punctuation(letter):
+    return letter in string.punctuation or unicodedata.category(letter)[0] == "P"
 
 
 def word_f1(found: str, right: str) -> float:
@@ -228,6 +246,8 @@ def write_scores(output: StrPath, about: dict, figures: dict[str, dict], more: d
         mean, low, high = interval(*zip(*values.values()))
         told[name] = {"mean": mean, "low": low, "high": high, "n": len(values)}
     scores = {**about, **more, "scores": told}
+    # A kill between the two must not leave values of one judge beside the name of another.
+    (Path(output) / SCORES).unlink(missing_ok=True)
     for file, content in ((VALUES, figures), (SCORES, scores)):
         with atomic_file(Path(output) / file) as out:
             out.write(json.dumps(content, indent=1 if file == SCORES else None).encode() + b"\n")
@@ -237,10 +257,15 @@ def write_scores(output: StrPath, about: dict, figures: dict[str, dict], more: d
 def table(scores: dict) -> str:
     """Scores for a terminal."""
     rows = [
-        f"{name:<32} {each['mean']:8.4f}   [{each['low']:.4f}, {each['high']:.4f}]   {each['n']:,}"
+        f"{name:<32} {each['mean']:8.4f}   {_shown(each['low'], each['high'])}   {each['n']:,}"
         for name, each in scores["scores"].items()
     ]
     return "\n".join([f"{'score':<32} {'mean':>8}   95 % interval      samples", *rows])
+
+
+def _shown(low, high, sign=""):
+    """An interval, for a table."""
+    return "one video: none " if low is None else f"[{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
 def compare(output: StrPath, other: StrPath) -> str:
@@ -264,7 +289,7 @@ def compare(output: StrPath, other: StrPath) -> str:
             here, there = ([of[name][each][0] for each in ids] for of in (values, others))
             more, low, high = interval([a - b for a, b in zip(here, there)], [values[name][each][1] for each in ids])
             means = f"{sum(here) / len(ids):8.4f} {sum(there) / len(ids):8.4f} {more:+8.4f}"
-            rows.append(f"{name:<32} {means}   [{low:+.4f}, {high:+.4f}]   {len(ids):,}")
+            rows.append(f"{name:<32} {means}   {_shown(low, high, '+')}   {len(ids):,}")
     if (towers := [of.get("tower") for of in (one, two)])[0] != towers[1]:
         rows.append(f"the models see by other vision towers: {towers[0] or 'not known'} and {towers[1] or 'not known'}")
     return "\n".join(rows)

@@ -257,6 +257,12 @@ def _tgif(files):
         rows = list(csv.DictReader(io.StringIO(read_text(path)), delimiter="\t"))
     except csv.Error as error:
         raise ValueError(f"{shown(path)} is no table with tabs ({error}); give the benchmark's own file") from error
+    for number, row in enumerate(rows):
+        if any("\t" in text or "\n" in text for text in row.values() if isinstance(text, str)):
+            raise ValueError(
+                f"{place(path, number)} reaches over several lines or columns: a quotation mark in it is not closed; "
+                "write it twice within two others, or take it out"
+            )
     return [
         _question(str(number), _text(row, "gif_name", place(path, number)), row, place(path, number))
         for number, row in enumerate(rows)
@@ -330,6 +336,11 @@ def _right(options, answer, where):
         )
     options = tuple(map(str, options))
     if isinstance(answer, str) and answer in options:
+        if answer in LETTERS[: len(options)] and len(answer) == 1 and LETTERS.index(answer) != options.index(answer):
+            raise ValueError(
+                f'{where}: "answer" is {json.dumps(answer)}, which is an option and the letter of another; give the '
+                "option's number from 0"
+            )
         return options.index(answer)
     if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]:
         return LETTERS.index(answer)

@@ -9,7 +9,7 @@ Dimensions: B answers, N packed rows, P rows that are written, D channels of the
 """
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -128,32 +128,38 @@ class Batcher:
         end = max(chain.shareable, default=0)
         self._waiting.append(Waiting(request, prompt, new_tokens, end, chain.beginning(end) if end else ()))
 
-    def run(self, requests: Iterable[Request]) -> Iterator[tuple[Any, list[int]]]:
+    def run(
+        self, requests: Iterable[Request], lost: Callable[[Any, Exception], object] | None = None
+    ) -> Iterator[tuple[Any, list[int]]]:
         """(key, ids of the answer) of every request, as the answers end.
 
         Requests are taken when they are due, so that few videos' features lie in memory.
 
+        Args:
+            lost: told (key, why) of a request that ends without an answer; None: that is raised.
+
         Raises:
-            ArithmeticError: no token could be drawn for one of them.
+            ArithmeticError: there is no token for one of them, as `step` has it.
         """
         for request in requests:
             self.add(request)
             while len(self._waiting) >= self._at_once:
-                yield from self._step_of_all()
+                yield from self._step_of_all(lost)
         while len(self):
-            yield from self._step_of_all()
+            yield from self._step_of_all(lost)
 
-    def _step_of_all(self):
-        """A step, in which none may fail."""
+    def _step_of_all(self, lost):
         yield from self.step()
-        for why in self.failed.values():
-            raise why
+        for key, why in self.failed.items():
+            if lost is None:
+                raise why
+            lost(key, why)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Any, list[int]]]:
         """Let in whom there is room for, and take one token of every answer; returns (key, ids) of those that ended.
 
-        A request for which no token can be drawn is ended as well, and is `failed`.
+        A request whose next token is not told (logits that are not finite) is ended as well, and is `failed`.
         """
         self.failed = {}
         joining = self._with_room()
@@ -314,19 +320,17 @@ class Batcher:
 
     def _take(self, running, logits_BV):
         """Add the next token of each; those that go on run, the others' (key, ids) are returned."""
-        greedy_B = logits_BV.argmax(-1).tolist()
-        # Before a draw, as one from no probabilities would end every computation on a GPU.
-        drawn = any(each.generator is not None for each in running)
-        usable_B = logits_BV.amax(-1).isfinite().tolist() if drawn else [True] * len(running)
+        # The likeliest of what is no number would be some token; a draw would end every computation on a GPU.
+        usable_B, greedy_B = torch.stack([logits_BV.amax(-1).isfinite().long(), logits_BV.argmax(-1)]).tolist()
         ended = []
         for each, logits_V, token, usable in zip(running, logits_BV, greedy_B, usable_B):
             waiting = each.waiting
+            request = waiting.request
+            if not usable:
+                self.failed[request.key] = ArithmeticError("there is no next token: the logits are not finite")
+                self._leave(each)
+                continue
             if each.generator is not None:
-                request = waiting.request
-                if not usable:
-                    self.failed[request.key] = ArithmeticError("no token can be drawn: the logits are not finite")
-                    self._leave(each)
-                    continue
                 token = next_token(logits_V, request.temperature, each.generator, request.top_p).item()
             if token not in self._stops:
                 each.answer.append(token)

@@ -11,7 +11,7 @@ from fake_judge import GOOD, fake_judge, raw_server
 from fastvid.evaluation import grading
 from fastvid.evaluation import judge as module
 from fastvid.evaluation.grading import asks, prompts_digest, read_reply
-from fastvid.evaluation.judge import Judge, NoAnswer, judge_all, key_of
+from fastvid.evaluation.judge import Judge, NoAnswer, judge_all, key_of, read_judgements
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.evaluation.scores import replies_by_key
 
@@ -57,6 +57,8 @@ def graded(answer, output, wanted, **settings):
         ("4", "no score"),
         ('the answer says {"score": 5}; mine is {"score": 1}', "several objects"),
         ('{"score": 0, "score": 5}', "no JSON|several|twice"),
+        ('it says {"score": 5}, and mine is {"score": 1', "several objects"),
+        ('mine: {"of another": {"score": 5}}', "several objects"),
         ('{"score": NaN}', "no whole number"),
     ],
 )
@@ -119,6 +121,19 @@ def test_unreadable_replies_are_kept_and_not_asked_again(tmp_path):
     assert again.bodies == []
     _, _, more = graded(answer, tmp_path, asks(lines(), "other"))  # another judge's word is its own
     assert len(more.bodies) == 4
+
+
+@pytest.mark.parametrize(
+    "changed", [{"score": 9}, {"score": True}, {"key": 5}, {"cut": "x"}, {"pred": "well"}], ids=str
+)
+def test_a_line_that_another_program_wrote_is_told(tmp_path, changed):
+    line = {"key": "k", "id": "s", "aspect": "qa", "judge": "m", "reply": "x", "score": 5, "pred": "no"}
+    path = tmp_path / "judgements.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert read_judgements(tmp_path) == [line]
+    path.write_text(path.read_text() + json.dumps(line | changed) + "\n")
+    with pytest.raises(ValueError, match="judgements.jsonl: line 2 is damaged .it"):
+        read_judgements(tmp_path)
 
 
 @pytest.mark.parametrize("text", ['{"pred": "yes", "score": 4, "why": "it', '{"pred": "yes", "score": 4}, or'])

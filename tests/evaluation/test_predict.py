@@ -13,7 +13,7 @@ from fastvid.config import EvaluateConfig
 from fastvid.data.conversation import EncodedSample
 from fastvid.data.packing import pack
 from fastvid.evaluation.lines import Lines
-from fastvid.evaluation.predict import answered, predict, read_settings, write_upstream
+from fastvid.evaluation.predict import _fingerprint, answered, predict, read_settings, write_upstream
 from fastvid.evaluation.tasks import Sample
 from fastvid.evaluation.videos import Videos
 from fastvid.features.file import load_features, save_features
@@ -200,7 +200,8 @@ def test_the_last_of_several_ranks_writes_all_for_upstream(tmp_path):
         writer = threading.Thread(target=write_upstream, args=("match", [sample], tmp_path))
         writer.start()
         writer.join(0.5)
-        lines.append({"id": "1", "prediction": "p"})
+        told = {"id": "1", "video": "v", "kind": "match", "group": "", "question": "q", "answer": "a"}
+        lines.append(told | {"prediction": "p"})
         fcntl.flock(other, fcntl.LOCK_UN)
         writer.join()
     assert json.loads((tmp_path / "upstream" / "match.json").read_text()) == [{"q": "q", "pred": "p"}]
@@ -244,6 +245,82 @@ def test_a_damaged_line_is_told(run, chat, output):
         predict(chat, config(run, output), 0, 1)
     path.write_text(path.read_text().partition("\n")[2])
     assert len(answered(output)) == 6
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"id": 5},
+        {"video": None},
+        {"prediction": 7},
+        {"prediction": ["a", "b"]},
+        {"right": 3},
+        {"likelihoods": [[-1.0, 1], [-2.0, 1]]},
+        {"likelihoods": [[float("nan"), 1], [-2.0, 1], [-3.0, 1]]},
+        {"likelihoods": [[-1.0, 0], [-2.0, 1], [-3.0, 1]]},
+        {"options": "abc"},
+        {"group": ...},
+    ],
+    ids=str,
+)
+def test_a_line_that_another_program_wrote_is_told(tmp_path, changed):
+    line = {"id": "x/0", "video": "v", "kind": "choice", "group": "", "question": "q", "answer": "a", "prediction": "b"}
+    line |= {"options": ["a", "b", "c"], "right": 0, "likelihoods": [[-1.0, 1], [-2.0, 1], [-3.0, 1]]}
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    assert answered(tmp_path) == {"x/0": line}
+    line = {name: value for name, value in (line | changed).items() if value is not ...}
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+    with pytest.raises(
+        ValueError, match="predictions.jsonl: line 2 is damaged .its|predictions.jsonl: line 2 .*no 'gr"
+    ):
+        answered(tmp_path)
+
+
+def test_settings_that_another_program_wrote_are_told(run, chat, output):
+    (output / "settings.json").write_text('{"task": "mc", "samples": "6"}')
+    with pytest.raises(ValueError, match="settings.json is none that fastvid wrote; give another --output"):
+        read_settings(output)
+    (output / "other").mkdir()
+    predict(chat, config(run, output / "other", "mc"), 0, 1)
+    assert read_settings(output / "other")["samples"] == 6
+
+
+def test_answers_to_a_file_of_another_name_do_not_join(run, chat, output):
+    """The ids of samples are made of it, or what they are judged for."""
+    one, other = (run / f"{name}.json" for name in ("generic_one", "temporal_one"))
+    one.write_text(json.dumps([{"video_name": "clip0", "Q": "why?", "A": "a"}]))
+    asked = config(run, output, annotations=str(one))
+    assert predict(chat, asked, 0, 1)
+    one.rename(other)
+    with pytest.raises(ValueError, match="holds an answer to generic/0, .* give it that name again, or give another"):
+        predict(chat, replace(asked, annotations=str(other)), 0, 1)
+    other.rename(one)
+    assert predict(chat, asked, 0, 1) and len(answered(output)) == 1
+
+
+def test_weights_are_known_by_more_than_their_ends(tmp_path):
+    path = tmp_path / "model.safetensors"
+    content = bytearray(8 << 20)
+    path.write_bytes(content)
+    before = _fingerprint([path])
+    content[3 << 20 : 4 << 20] = b"x" * (1 << 20)
+    path.write_bytes(content)
+    assert _fingerprint([path]) != before
+
+
+def test_a_model_that_tells_nothing_has_no_score(run, chat, output, monkeypatch):
+    """Of a value that is not finite some token, and some option, would be the likeliest."""
+    logits = chat.model.logits
+    monkeypatch.setattr(chat.model, "logits", lambda h_LD: logits(h_LD) * torch.nan)
+    for task in ("mc", "vcg"):
+        (output / task).mkdir()
+        assert not predict(chat, config(run, output / task, task), 0, 1)
+        assert not answered(output / task)
+        assert "not finite" in (output / task / "predictions.jsonl").read_text()
+    monkeypatch.undo()
+    predict(chat, config(run, output / "vcg"), 0, 1)
+    assert len(answered(output / "vcg")) == 6
 
 
 def test_two_writers_are_refused(run, chat, output):

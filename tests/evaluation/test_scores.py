@@ -18,7 +18,7 @@ def test_the_interval_draws_whole_videos():
     mean, low, high = scores.interval(values, videos)
     assert (mean, low, high) == (0.75, 0, 1)  # both, a quarter of the time only b, a quarter only a
     alone = scores.interval([1.0, 3.0], ["a", "a"])
-    assert alone == (2, 2, 2)  # one video says nothing of how videos differ
+    assert alone == (2, None, None)  # one video says nothing of how videos differ
 
 
 def test_intervals_of_many_videos_need_little_memory(monkeypatch):
@@ -101,6 +101,15 @@ def test_choices():
     }
 
 
+def test_nothing_tells_equal_options_apart():
+    line = {"id": "1", "video": "v", "group": "", "options": ["b", "c", "b "], "right": 2}
+    for logs, text, right in (([-1, -2, -1], "(A)", 1), ([-3, -2, -3], "(B)", 0), ([-1, -2, -1], "B.", 0)):
+        line |= {"likelihoods": [[log, 1] for log in logs], "prediction": text}
+        figures = scores.choice_values([line])
+        assert figures["likelihood"] == {"1": (float(logs[0] > -2), "v")} and figures["letter"] == {"1": (right, "v")}
+    assert scores.read_letter("b", line["options"]) == 0
+
+
 @pytest.mark.parametrize(
     "found, right, exact, f1",
     [
@@ -108,7 +117,15 @@ def test_choices():
         ("a red car", "blue car", 0, 0.5),
         ("red red car", "red", 0, 0.5),  # 1 common word: 2 · 1 / (3 + 1)
         ("", "red", 0, 0),
-        ("the", "A", 1, 1),  # nothing is left of either
+        ("the", "A", 0, 0),  # nothing is left of either: they stay as they are
+        ("", "A", 0, 0),
+        ("A.", "a", 1, 1),
+        ("-5", "5", 0, 0),
+        ("3.5", "35", 0, 0),
+        ("$1,000.", "1000", 1, 1),
+        ("STRASSE", "straße", 1, 1),
+        ("cafe\u0301", "caf\u00e9", 1, 1),
+        ("it\u2019s", "it's", 1, 1),
     ],
 )
 def test_short_answers(found, right, exact, f1):
@@ -263,3 +280,24 @@ def test_comparison_is_paired_and_refuses_another_judge(tmp_path):
         scores.compare(folders[0], folders[2])
     with pytest.raises(ValueError, match="holds no scores: score its predictions first"):
         scores.compare(folders[0], tmp_path)
+    alone = {"detail": {"0": (4.0, "v")}}
+    assert "one video: none" in scores.table(scores.write_scores(folders[0], about, alone, {}))
+    assert "one video: none" in scores.compare(*folders[:2])
+
+
+def test_values_of_one_judge_never_lie_beside_the_name_of_another(tmp_path, monkeypatch):
+    """Whenever a run is killed."""
+    about = {"task": "vcg", "annotations": "x", "samples": 1, "prompts": "y"}
+    scores.write_scores(tmp_path, about, {"detail": {"0": (4.0, "v")}}, {"judge": "m"})
+    atomic_file = scores.atomic_file
+
+    def dying(path):
+        if path.name == scores.SCORES:
+            raise KeyboardInterrupt
+        return atomic_file(path)
+
+    monkeypatch.setattr(scores, "atomic_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        scores.write_scores(tmp_path, about, {"detail": {"0": (1.0, "v")}}, {"judge": "n"})
+    with pytest.raises(ValueError, match="holds no scores"):
+        scores.compare(tmp_path, tmp_path)

@@ -216,6 +216,23 @@ CHOICE = {"video": "v", "question": "q", "options": ["x", "y"], "answer": "y"}
             {"qa.csv": "gif_name\tquestion\tanswer\na\tq\ta\n"},
         ),
         ("mc", {"a.parquet": "cut"}, "download it again", {"a.parquet": None, "a.json": [CHOICE]}),
+        (
+            "tgif_qa",
+            {"qa.csv": 'gif_name\tquestion\tanswer\na\t"q\tx\nb\tr"\ty\n'},
+            "record 0 .* a quotation mark in it is not closed; write it twice within two others, or",
+            {"qa.csv": 'gif_name\tquestion\tanswer\na\t"""q"\tx\nb\tr"\ty\n'},
+        ),
+        (
+            "mc",
+            {"a.json": [{**CHOICE, "options": ["B", "A"], "answer": "A"}]},
+            '"answer" is "A", which is an option and the letter of another; give the option\'s number',
+            {
+                "a.json": [
+                    {**CHOICE, "options": ["B", "A"], "answer": 1},
+                    {**CHOICE, "options": ["A", "B"], "answer": "B"},
+                ]
+            },
+        ),
     ],
 )
 def test_a_benchmark_is_read_once_mended_as_told(tmp_path, task, files, message, mended):

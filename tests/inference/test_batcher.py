@@ -246,10 +246,11 @@ def test_the_least_randomness_takes_the_likeliest(settings):
     assert next_token(logits, drawn.temperature, generator, drawn.top_p).tolist() == [0]
 
 
-def test_a_draw_that_fails_ends_its_request_alone():
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_nothing_tells_ends_its_request_alone(temperature):
     model, rng = random_model(), random.Random(9)
     asked = [request(key, rng, video="b", opening=5, max_new_tokens=6) for key in range(3)]
-    asked[1] = replace(asked[1], temperature=1.0)
+    asked[1] = replace(asked[1], temperature=temperature)
     wanted = {key: alone(model, asked[key]) for key in (0, 2)}
     take = Batcher._take
 
@@ -268,5 +269,8 @@ def test_a_draw_that_fails_ends_its_request_alone():
     assert answers == wanted
     assert list(failed) == [1]
     assert batch._runs == []
-    with pytest.raises(ArithmeticError, match="no token can be drawn"):
+    with pytest.raises(ArithmeticError, match="there is no next token"):
         list(batch.run(asked))
+    batch.reset()
+    lost = {}
+    assert dict(batch.run(asked, lost.__setitem__)) == wanted and list(lost) == [1]

@@ -202,7 +202,7 @@ def test_a_draw_that_fails_costs_its_own_answer(serving_chat, serving_folder, ca
         assert bad.result()[0] == 500
         assert text_of(other.result()[1]) == text_of(wanted[1])
         assert running.metric("fastvid_requests_in_flight") == 0
-    assert "an answer is lost: no token can be drawn" in caplog.text
+    assert "an answer is lost: there is no next token" in caplog.text
 
 
 @pytest.mark.parametrize("stops", [(), ("ab",), ("xyz", "y"), (" ",), ("é",)])
