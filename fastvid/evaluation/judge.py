@@ -9,12 +9,10 @@ asked again by the next run.
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -22,6 +20,7 @@ from urllib.parse import urlsplit
 from fastvid.evaluation.grading import Ask, is_one_object, read_reply
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.files import StrPath, shown
+from fastvid.inference.deadlines import at, bounded
 
 JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
@@ -89,7 +88,7 @@ class Judge:
         self._pool = urllib3.connection_from_url(
             self._url, maxsize=64, retries=False, timeout=urllib3.Timeout(connect=min(10, timeout), read=timeout)
         )
-        self._pool.ConnectionCls = _bounded(self._pool.ConnectionCls, timeout)
+        self._pool.ConnectionCls = bounded(self._pool.ConnectionCls, timeout)
         self._path = parse_url(self._url).request_uri
         self._as_json = True  # ask for JSON, until the server refuses that
         self._stopped = threading.Event()
@@ -159,7 +158,7 @@ class Judge:
             response = self._pool.request(
                 "POST", self._path, body=content, headers=self._headers, preload_content=False, decode_content=False
             )
-            with _at(end, response.shutdown):  # a read that waits for more than its own timeout
+            with at(end, response.shutdown):  # a read that waits for more than its own timeout
                 while piece := response.read1(1 << 16):
                     answer += piece
                     if len(answer) > _MOST_BYTES or time.monotonic() > end:
@@ -178,41 +177,6 @@ class Judge:
 
 class _MayPass(Exception):
     """No connection, or one that broke."""
-
-
-def _bounded(kind, seconds):
-    """A class of connections whose answers must begin, headers included, within so many seconds.
-
-    A socket's own timeout bounds each read, and a server may send a byte at a time.
-    """
-
-    class Bounded(kind):
-        def getresponse(self):
-            end = time.monotonic() + seconds
-            with _at(end, lambda: self.sock and self.sock.shutdown(socket.SHUT_RD)):
-                response = super().getresponse()
-            if time.monotonic() > end:
-                raise TimeoutError(f"no answer within {seconds:g} s")
-            return response
-
-    return Bounded
-
-
-@contextmanager
-def _at(end, function):
-    """Call a function at a time of the monotonic clock, unless the block has ended before."""
-    timer = threading.Timer(max(0, end - time.monotonic()), _quietly, (function,))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _quietly(function):
-    with suppress(OSError, ValueError):  # the connection has just ended
-        function()
 
 
 def _excerpt(content):

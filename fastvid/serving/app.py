@@ -129,7 +129,8 @@ class _Front:
         if key is None or scope["path"] in _OPEN:
             return False
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return not hmac.compare_digest(given, f"Bearer {key}".encode())
+        kind, _, said = given.partition(b" ")
+        return kind.lower() != b"bearer" or not hmac.compare_digest(said.strip(b" "), key.encode())
 
 
 class _Chat:
@@ -294,9 +295,10 @@ def _models(service) -> Callable[[Request], Awaitable[Response]]:
 
 def _health(service) -> Callable[[Request], Awaitable[Response]]:
     async def health(_: Request) -> Response:
-        """GET /health: 200, or 503 of a server that ends, or of one behind which nobody answers."""
+        """GET /health: 200, or 503 of a server that ends, that has failed, or behind which nobody answers."""
         if service.config.upstream is None:
-            return _json({"status": "stopping" if service.stopping else "ok"}, 503 if service.stopping else 200)
+            status = "stopping" if service.stopping else "ok" if service.alive else "failed"
+            return _json({"status": status}, 200 if status == "ok" else 503)
         fault = await service.upstream_fault()
         status = "stopping" if service.stopping else "no upstream" if fault else "ok"
         return _json({"status": status, "upstream": fault or "ok"}, 200 if status == "ok" else 503)

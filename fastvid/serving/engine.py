@@ -75,6 +75,11 @@ class Engine:
         self.state = {"running": 0, "waiting": 0, "kept": 0, "found": 0}
         self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Begin, from the event loop that requests come from."""
         self._loop = asyncio.get_running_loop()
@@ -135,8 +140,13 @@ class Engine:
                 self._batcher.cancel(key)
                 self._held.discard(key)
             else:
-                self._batcher.add(request)
-                self._held.add(key)
+                try:
+                    self._batcher.add(request)
+                except Exception as error:  # this thread answers everybody
+                    log.exception("a request cannot be begun")
+                    self._deliver([], [(key, error)])
+                else:
+                    self._held.add(key)
             self._publish()
 
     def _publish(self):

@@ -143,7 +143,8 @@ class FeatureStore:
         except DecodeError as error:
             raise _told(error, next((file for file in files if str(file.path) == error.path), files[0])) from error
         except (ValueError, OSError) as error:
-            raise ApiError(400, f"{files[0].path.name}: its features cannot be used; {_reason(error)}") from error
+            told = _reason(error).replace(str(files[0].path), files[0].path.name)  # where links lead is nobody's matter
+            raise ApiError(400, f"{files[0].path.name}: its features cannot be used; {told}") from error
         finally:
             _remove(files)
         self._metrics.video_seconds.observe(perf_counter() - started)

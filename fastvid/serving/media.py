@@ -20,10 +20,11 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fastvid.files import shown
+from fastvid.inference.deadlines import at, bounded
 from fastvid.inference.questions import inside
 from fastvid.serving.errors import ApiError
 
-_DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*)(;base64)?$")
+_DATA = re.compile(r"data:([\w.+-]+/[\w.+-]+)?((?:;[\w.+-]+=[\w.+-]+)*)(;base64)?$", re.IGNORECASE)
 _PIECE = 1 << 20
 
 
@@ -79,6 +80,7 @@ class Spool:
 
     def __init__(self, folder: Path, most_bytes: int):
         self._folder, self._most, self._used, self._lock = folder, most_bytes, 0, threading.Lock()
+        self._there: set[str] = set()
 
     def keep(self, pieces: Iterable[bytes]) -> MediaFile:
         """A file of some bytes, which come one piece after another.
@@ -88,7 +90,8 @@ class Spool:
         """
         path, size, hashed = None, 0, hashlib.sha256()
         try:
-            handle, path = tempfile.mkstemp(dir=self._folder)
+            handle, path = self._made()
+            self._there.add(path)
             with open(handle, "wb") as file:
                 for piece in pieces:
                     self._take(len(piece))
@@ -103,11 +106,24 @@ class Spool:
             raise
         return MediaFile(Path(path), hashed.hexdigest(), spool=self, size=size)
 
+    def _made(self):
+        try:
+            return tempfile.mkstemp(dir=self._folder)
+        except FileNotFoundError:  # what tidies up /tmp takes folders that nobody used for days
+            with suppress(FileExistsError):
+                self._folder.mkdir(0o700)
+            there = os.lstat(self._folder)
+            if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.geteuid():
+                raise  # somebody else's, who would see the videos
+            return tempfile.mkstemp(dir=self._folder)
+
     def remove(self, path: str | Path, size: int) -> None:
-        """Remove a file, of so many bytes, if it is there still."""
+        """Remove a file, of so many bytes, if it was not removed before."""
         with suppress(FileNotFoundError):
             os.unlink(path)
-            with self._lock:
+        with self._lock:
+            if str(path) in self._there:
+                self._there.remove(str(path))
                 self._used -= size
 
     def _take(self, size):
@@ -196,6 +212,7 @@ class Addresses:
 
     def _fetched(self, url, deadline) -> Generator[bytes]:
         import urllib3
+        from urllib3.util import parse_url
 
         try:
             parts = urlsplit(url)
@@ -215,22 +232,26 @@ class Addresses:
             raise late
         timeout = urllib3.Timeout(total=deadline - began)
         try:
-            with urllib3.PoolManager() as pool:
-                response = pool.request(
-                    "GET", url, redirect=False, retries=False, preload_content=False, timeout=timeout
-                )
+            with urllib3.connection_from_url(url, timeout=timeout, retries=False) as pool:
+                pool.ConnectionCls = bounded(pool.ConnectionCls, deadline - began)
+                response = pool.request("GET", parse_url(url).request_uri, redirect=False, preload_content=False)
                 if response.status != 200:
                     raise ApiError(400, f"{_said(url)}: {host} answers {response.status}; redirects are not followed")
-                while piece := response.read1(_PIECE, decode_content=False):
-                    size += len(piece)
-                    if size > self._most:
-                        raise self._too_large(url)
-                    if time.monotonic() > deadline:
-                        raise late
-                    yield piece
+                with at(deadline, response.shutdown):
+                    while piece := response.read1(_PIECE, decode_content=False):
+                        size += len(piece)
+                        if size > self._most:
+                            raise self._too_large(url)
+                        yield piece
+                        if time.monotonic() > deadline:
+                            break
+                if time.monotonic() > deadline:
+                    raise late
         except urllib3.exceptions.TimeoutError as error:
             raise late from error
         except urllib3.exceptions.HTTPError as error:
+            if time.monotonic() > deadline:
+                raise late from error
             raise ApiError(400, f"{_said(url)}: {host} cannot be asked ({type(error).__name__})") from error
 
     def _too_large(self, url):

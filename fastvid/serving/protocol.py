@@ -11,19 +11,46 @@ from typing import Any
 from fastvid.serving.errors import ApiError
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
-_ASIDE = {  # {field: values of it that ask for nothing}
+_ASIDE = {  # {field: values of it that ask for nothing}; vLLM's own as well, which its clients send
+    "add_generation_prompt": (None, True),
     "audio": (None,),
+    "bad_words": (None, []),
+    "best_of": (None, 1),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "continue_final_message": (None, False),
+    "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_choice": (None, []),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "ignore_eos": (None, False),
+    "include_stop_str_in_output": (None, False),
+    "length_penalty": (None, 1),
     "logit_bias": (None, {}),
+    "logits_processors": (None, []),
     "logprobs": (None, False),
+    "media_io_kwargs": (None, {}),
+    "min_p": (None, 0),
+    "min_tokens": (None, 0),
+    "mm_processor_kwargs": (None, {}),
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0),
+    "prompt_logprobs": (None, 0),
+    "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
+    "skip_special_tokens": (None, True),
+    "stop_token_ids": (None, []),
+    "structured_outputs": (None,),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
+    "top_k": (None, -1, 0),
     "top_logprobs": (None, 0),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
 }
 
 
@@ -161,7 +188,10 @@ def _conversation(messages, longest_text):
             raise _bad(where, "the system text is that of the model's training; leave this message out")
         if role != ("assistant" if number % 2 else "user"):
             raise _bad(where, f"must be the {'assistant' if number % 2 else 'user'}'s: the two take turns")
-        text, found = _content(message.get("content"), f"{where}.content")
+        content = message.get("content")
+        if content is None and number % 2:
+            content = ""  # as some write an answer of nothing
+        text, found = _content(content, f"{where}.content", answer=number % 2 == 1)
         length += len(text)
         if length > longest_text:
             raise _bad(where, f"the messages have more than {longest_text:,} characters: shorten them")
@@ -176,8 +206,8 @@ def _conversation(messages, longest_text):
     return texts[-1], tuple(zip(texts[:-1:2], texts[1:-1:2])), media
 
 
-def _content(content, where):
-    """(text, `Media` or None) of a message."""
+def _content(content, where, *, answer):
+    """(text, `Media` or None) of a message; an answer alone may be empty, for the model may give none."""
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, list):
@@ -199,7 +229,7 @@ def _content(content, where):
         else:
             raise _bad(place, "must be of type text, video_url or image_url")
     text = "\n".join(texts)
-    if not text.strip():
+    if not text.strip() and not answer:
         raise _bad(where, "holds no text")
     if len(videos) > 1 or (videos and pictures):
         raise _bad(where, "one video at a time: the model was trained on one")

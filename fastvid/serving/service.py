@@ -155,6 +155,11 @@ class Service:
         return None if self._upstream is None else await self._upstream.fault()
 
     @property
+    def alive(self) -> bool:
+        """Whether the model's thread runs; where another server answers, always."""
+        return self._engine is None or self._engine.alive
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is in hand."""
         return not self._in_flight

@@ -183,6 +183,20 @@ def test_a_failing_model_costs_the_answers_in_hand(serving_chat, serving_folder,
     assert "ZeroDivisionError" in caplog.text
 
 
+def test_a_request_that_cannot_be_begun_costs_its_own_answer(serving_chat, serving_folder, monkeypatch):
+    """The thread that answers everybody goes on, and /health tells where it does not."""
+    url = uri(serving_folder / "videos" / "4.mp4")
+    with served(serving_chat, serving_folder / "model") as running:
+        engine = running.service._engine
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._batcher, "add", lambda _: 1 // 0)
+            assert running.ask(url)[0] == 500
+        assert running.ask(url)[0] == running.call("GET", "/health")[0] == 200
+        engine.close()
+        status, _, content = running.call("GET", "/health")
+        assert (status, content) == (503, {"status": "failed"})
+
+
 def test_a_draw_that_fails_costs_its_own_answer(serving_chat, serving_folder, caplog):
     url = uri(serving_folder / "videos" / "4.mp4")
     settings = {"request_timeout": 20.0}

@@ -51,6 +51,19 @@ def test_many_messages_are_read_or_refused_soon(server, serving_folder):
     assert server.post({"messages": [{"role": "user", "content": parts}]})[0] == 400
 
 
+def test_a_conversation_goes_on_behind_an_answer_of_nothing(server, serving_folder):
+    body = asking(uri(serving_folder / "videos" / "4.mp4"), history=[("who?", "")], max_tokens=2, top_k=-1, min_p=0.0)
+    texts = set()
+    for content in ("", None, []):
+        body["messages"][1]["content"] = content
+        status, _, found = server.post(body)
+        assert status == 200, found
+        texts.add(text_of(found))
+    assert len(texts) == 1
+    body["messages"][2]["content"] = ""
+    assert server.post(body)[0] == 400
+
+
 def test_the_last_of_two_fields_of_a_name_counts(server, serving_folder):
     """As for every reader of JSON that others put in front."""
     body = json.dumps(asking(uri(serving_folder / "videos" / "4.mp4"), max_tokens=3))

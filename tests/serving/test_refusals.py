@@ -73,6 +73,10 @@ def messages(*texts, roles=("user", "assistant")):
         (asking(VIDEO, tools=[{}]), "tools: is not served"),
         (asking(VIDEO, logprobs=True), "logprobs: is not served"),
         (asking(VIDEO, response_format={"type": "json_object"}), "response_format: is not served"),
+        (asking(VIDEO, top_k=5), "top_k: is not served"),
+        (asking(VIDEO, repetition_penalty=1.1), "repetition_penalty: is not served"),
+        (asking(VIDEO, mm_processor_kwargs={"fps": 1}), "mm_processor_kwargs: is not served"),
+        (asking(VIDEO, structured_outputs={"choice": ["a"]}), "structured_outputs: is not served"),
         (asking("data:video/mp4;base64,AA!A"), "is not base64"),
         (asking("data:video/mp4,AAAA"), "must begin as data:video/mp4;base64,"),
         (asking("data:video/mp4;base64"), "must begin as data:video/mp4;base64,"),
@@ -128,6 +132,9 @@ def test_the_key_is_asked_for(serving_chat, serving_folder):
         key = {"authorization": "Bearer s3cret"}
         assert running.post(asking(url), **key)[0] == 200
         assert running.call("GET", "/v1/models", **key)[0] == 200
+        assert running.call("GET", "/v1/models", authorization="bearer  s3cret")[0] == 200  # RFC 7235, 2.1
+        for wrong in ("s3cret", "Basic s3cret", "Bearers3cret", "Bearer"):
+            assert running.call("GET", "/v1/models", authorization=wrong)[0] == 401
 
 
 def test_the_key_may_come_from_the_environment(serving_chat, serving_folder, monkeypatch):

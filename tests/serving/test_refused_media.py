@@ -14,6 +14,7 @@ from http.server import ThreadingHTTPServer
 import local_server
 import pytest
 from clips import draw
+from fake_judge import raw_server
 from local_server import serving
 from PIL import Image
 from serving_run import refused, served, uri
@@ -279,6 +280,54 @@ def test_what_changes_while_it_is_read_is_not_kept(serving_chat, serving_folder,
         store._decode = decode
         path.write_bytes(four)
         assert running.ask(f"file://{path}")[0] == 200
+
+
+def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
+    """As /tmp's is of a server that nobody asked for days; room is counted as before."""
+    folder = tmp_path / "spool"
+    folder.mkdir()
+    spool = media.Spool(folder, 4)
+    lost = spool.keep([b"one"])
+    shutil.rmtree(folder)
+    lost.remove()
+    for _ in range(2):
+        kept = spool.keep([b"four"])
+        assert kept.path.read_bytes() == b"four" and folder.stat().st_mode & 0o777 == 0o700
+        kept.remove()
+        kept.remove()
+    folder.rmdir()
+    folder.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        spool.keep([b"four"])
+
+
+@pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
+def test_a_host_that_drips_has_its_time(tmp_path, begin):
+    """A byte within each of a socket's own time-outs."""
+
+    def talk(connection, ended):
+        connection.sendall(begin)
+        while not ended.wait(0.05):
+            connection.sendall(b"a")
+
+    with raw_server(talk) as url:
+        address = url.removeprefix("http://").removesuffix("/v1")
+        settings = {"allowed_folder": None, "allow_host": [address], "most_bytes": 9999, "timeout": 0.3}
+        addresses = media.Addresses(media.Spool(tmp_path, 9999), **settings)
+        with pytest.raises(ApiError, match="takes longer than 0.3 s") as refused:
+            addresses.open(url, False, time.monotonic() + LONG)
+    assert refused.value.status == 504 and os.listdir(tmp_path) == []
+
+
+def test_where_links_lead_is_not_told(server, serving_folder):
+    """Of a file that may be read, and holds no features."""
+    hidden, link = serving_folder / "videos" / "hidden", serving_folder / "videos" / "link"
+    hidden.mkdir()
+    (hidden / "bad.safetensors").write_bytes(b"bad" * 9)
+    link.symlink_to(hidden)
+    status, content = server.ask(f"file://{link}/bad.safetensors")
+    assert status == 400 and "extract it again" in content["error"]["message"]
+    assert "hidden" not in content["error"]["message"]
 
 
 def test_a_digest_is_of_what_a_file_holds_now(tmp_path):
