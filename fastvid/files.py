@@ -65,6 +65,7 @@ MEDIA_SUFFIXES = VIDEO_SUFFIXES + IMAGE_SUFFIXES
 
 # Errors of writing that every later file would meet as well.
 NOTHING_MORE_FITS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # of a file system that has no hard ones
 LONGEST_NAME = 255  # bytes, on the file systems of Linux
 _LEFT_OVER = re.compile(r"\.(?:([0-9a-f]{8})-(\d+)-)?[0-9a-f]{8,16}\.tmp")
 _DAY = 86400.0

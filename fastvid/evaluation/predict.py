@@ -10,6 +10,8 @@ import hashlib
 import json
 import logging
 import math
+import os
+import secrets
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,7 +25,7 @@ from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.evaluation.tasks import LETTERS, TASKS, Sample, read_samples, upstream_files
 from fastvid.evaluation.videos import FrameFolder, Videos
 from fastvid.features.names import SUFFIXES
-from fastvid.files import StrPath, atomic_file, read_json_object, shown
+from fastvid.files import NO_LINKS, StrPath, atomic_file, read_json_object, shown
 from fastvid.inference.asking import Answering
 from fastvid.inference.chat import MEDIA_SUFFIXES, Chat
 from fastvid.inference.likelihood import option_likelihoods, with_options
@@ -369,11 +371,22 @@ def _same_settings(output, settings):
         ValueError: naming what differs.
     """
     path = output / SETTINGS
-    known = read_json_object(path)
-    if not known:
-        with atomic_file(path) as file:
+    if not read_json_object(path):
+        own = output / f".{SETTINGS}.{secrets.token_hex(8)}"
+        with atomic_file(own) as file:
             file.write(json.dumps(settings, indent=1).encode() + b"\n")
-        return
+        try:
+            # Of two runs that begin together the settings of one stay, and the other reads them.
+            os.link(own, path)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            os.rename(own, path)
+            return
+        own.unlink()
+    known = read_json_object(path)
     if differing := _differing(known, settings):
         raise ValueError(
             f"{shown(output)} holds predictions of other settings ({'; '.join(differing)}); give another --output"

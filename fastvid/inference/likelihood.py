@@ -28,7 +28,11 @@ def with_options(
     Raises:
         ValueError: a text that cannot be asked, or a prompt longer than the model's context.
     """
-    return [_sample(chat, video, features_RC, question, option) for option in options]
+    prompt = chat.prompt(features_RC, question)
+    texts = [chat.prompt(features_RC, question, answer=option) for option in options]
+    # A tokenizer may join the first letters of an answer to what stands before it; then all are scored from there on.
+    start = min(_common(ids, prompt) for ids in texts)
+    return [_sample(chat, video, option, ids, start) for option, ids in zip(options, texts)]
 
 
 @torch.inference_mode()
@@ -71,17 +75,18 @@ def _rows(chat, options):
     return beginnings, behind
 
 
-def _sample(chat, video, features_RC, question, option):
-    ids = chat.prompt(features_RC, question, answer=option)
-    prompt = chat.prompt(features_RC, question)
+def _common(ids, prompt):
+    """How many tokens of a prompt stay as they are with an answer behind it."""
+    return next((i for i, (one, other) in enumerate(zip(ids, prompt)) if one != other), len(prompt))
+
+
+def _sample(chat, video, option, ids, start):
     context = chat.model_config.decoder.context
     if len(ids) > context:
         raise ValueError(
             f"question and option have {len(ids)} tokens, the model's context {context}: shorten the question or use "
             "fewer frames"
         )
-    # A tokenizer may join the first letters of an answer to what stands before it.
-    start = next((i for i, (one, other) in enumerate(zip(ids, prompt)) if one != other), len(prompt))
     return EncodedSample(option, ids, [(start, len(ids))], [video])
 
 

@@ -10,7 +10,6 @@ exist, on network file systems too.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -22,12 +21,10 @@ import time
 from pathlib import Path
 
 from fastvid.dist import processes
-from fastvid.files import StrPath, naming, remove_left_over
+from fastvid.files import NO_LINKS, StrPath, naming, remove_left_over
 
 NAME = ".leases"
 EVERY, SILENCE = 10.0, 60.0  # seconds between signs of life, and without one until another machine's process is dead
-# What file systems without hard links answer.
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LEASE = re.compile(r"([0-9a-f]{32})\.(\d+)\.json")
 
 
@@ -157,7 +154,7 @@ class Leases:
             self._write_own()
             return self._put(path)
         except OSError as error:
-            if error.errno not in _NO_LINKS:
+            if error.errno not in NO_LINKS:
                 raise
             try:
                 with open(path, "xb") as file:

@@ -1,9 +1,13 @@
 """First stage: whose answers are written, what a missing video costs, and how a run goes on."""
 
+import errno
 import fcntl
 import json
+import os
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +45,10 @@ def output(tmp_path):
 
 def config(run, output, task="vcg", **changes):
     return EvaluateConfig(**{**settings(run, output, task), **changes})
+
+
+def os_error(number):
+    raise OSError(number, os.strerror(number))
 
 
 def features(run, name):
@@ -109,6 +117,17 @@ def test_a_video_is_computed_once_for_all_its_options(run, chat, output, monkeyp
     few = option_likelihoods(asked, known, questions, most_rows=len(known) + 1)
     assert len(videos) == 4 and [[pytest.approx(x, abs=1e-4) for x in each] for each in few] == together
     asked.close()
+
+
+def test_options_are_scored_from_one_place_on():
+    """Of a tokenizer that joins one option's first letter to the prompt's last: else the others leave that one out."""
+    texts = {None: [1, 2, 3], "x": [1, 2, 4, 5], "y": [1, 2, 3, 6, 7]}
+    decoder = SimpleNamespace(context=9)
+    chat: Any = SimpleNamespace(
+        prompt=lambda features_RC, question, answer=None: texts[answer], model_config=SimpleNamespace(decoder=decoder)
+    )
+    samples = with_options(chat, "v", torch.zeros(1, 1), "q", ["x", "y"])
+    assert [each.supervised for each in samples] == [[(2, 4)], [(2, 5)]]
 
 
 def test_features_of_another_tower_do_not_join(run, chat, output):
@@ -226,6 +245,27 @@ def test_other_settings_want_another_folder(run, chat, output):
     (run / "another").mkdir()
     predict(chat, config(run, run / "another", "mc"), 0, 1)
     assert len(answered(run / "another")) == 5
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_begin_together_one_gives_the_settings(run, chat, output, monkeypatch, links):
+    """The other must not put its own beside the answers of the first."""
+    asked, link = config(run, output), os.link
+
+    def late(*paths):
+        monkeypatch.setattr(os, "link", link)
+        predict(chat, asked, 0, 1)
+        os.link(*paths)
+
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: os_error(errno.EPERM))
+        assert not predict(chat, asked, 0, 1)
+    else:
+        monkeypatch.setattr(os, "link", late)
+        with pytest.raises(ValueError, match="task vcg there, mc now"):
+            predict(chat, config(run, output, "mc"), 0, 1)
+    assert read_settings(output)["task"] == "vcg" and len(answered(output)) == 6
+    assert not [name for name in os.listdir(output) if name.startswith(".")]
 
 
 def test_a_prompt_that_is_too_long_costs_its_sample(run, chat, output):
