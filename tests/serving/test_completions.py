@@ -186,7 +186,7 @@ def test_a_failing_model_costs_the_answers_in_hand(serving_chat, serving_folder,
 def test_a_request_that_cannot_be_begun_costs_its_own_answer(serving_chat, serving_folder, monkeypatch):
     """The thread that answers everybody goes on, and /health tells where it does not."""
     url = uri(serving_folder / "videos" / "4.mp4")
-    with served(serving_chat, serving_folder / "model") as running:
+    with served(serving_chat, serving_folder / "model", request_timeout=20.0) as running:
         engine = running.service._engine
         with monkeypatch.context() as patch:
             patch.setattr(engine._batcher, "add", lambda _: 1 // 0)

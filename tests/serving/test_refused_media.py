@@ -282,7 +282,7 @@ def test_what_changes_while_it_is_read_is_not_kept(serving_chat, serving_folder,
         assert running.ask(f"file://{path}")[0] == 200
 
 
-def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
+def test_a_folder_that_was_tidied_away_is_made_again(tmp_path, monkeypatch):
     """As /tmp's is of a server that nobody asked for days; room is counted as before."""
     folder = tmp_path / "spool"
     folder.mkdir()
@@ -296,6 +296,10 @@ def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
         kept.remove()
         kept.remove()
     folder.rmdir()
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        patch.setattr(os, "geteuid", lambda: -1)  # the folder is somebody else's
+        spool.keep([b"four"])
+    folder.rmdir()
     folder.symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError):
         spool.keep([b"four"])
@@ -304,6 +308,7 @@ def test_a_folder_that_was_tidied_away_is_made_again(tmp_path):
 @pytest.mark.parametrize("begin", [b"HTTP/1.1 200 OK\r\nA: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
 def test_a_host_that_drips_has_its_time(tmp_path, begin):
     """A byte within each of a socket's own time-outs."""
+    all_sent = threading.Event()
 
     def talk(connection, ended):
         connection.sendall(begin)
@@ -311,6 +316,8 @@ def test_a_host_that_drips_has_its_time(tmp_path, begin):
             if ended.wait(0.05):
                 break
             connection.sendall(b"a")
+        else:
+            all_sent.set()
 
     with raw_server(talk) as url:
         address = url.removeprefix("http://").removesuffix("/v1")
@@ -318,6 +325,7 @@ def test_a_host_that_drips_has_its_time(tmp_path, begin):
         addresses = media.Addresses(media.Spool(tmp_path, 9999), **settings)
         with pytest.raises(ApiError, match="takes longer than 0.3 s") as refused:
             addresses.open(url, False, time.monotonic() + LONG)
+        assert not all_sent.is_set()
     assert refused.value.status == 504 and os.listdir(tmp_path) == []
 
 
