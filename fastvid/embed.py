@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     config = parse(EmbedConfig, argv)
-    media = media_of(config.video, config.output, follow_links=config.follow_links)
+    media, links = media_of(config.video, config.output, follow_links=config.follow_links)
     make_current(open_device(config.device))
     names = ChatConfig.__dataclass_fields__.keys() & EmbedConfig.__dataclass_fields__.keys()
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{made} made, {there} there already, {failed} failed of {len(media)} in {seconds:.1f} s "
         f"({made / seconds:.2f} videos/s, {rows / seconds:,.0f} rows/s)"
     )
+    if links:
+        print(f"{links} links were left out; --follow_links True follows them")
     if stopped:
         print("stopped; run it again to go on", file=sys.stderr)
         return 128 + stopped

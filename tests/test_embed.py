@@ -135,6 +135,24 @@ def test_a_list_and_a_bad_video(model, folder, tmp_path, capsys):
         main(flags(model, tmp_path / "nowhere", output))
 
 
+def test_links_that_lead_elsewhere_are_followed_if_told(model, tmp_path, capsys):
+    inner, elsewhere = tmp_path / "videos", tmp_path / "elsewhere.safetensors"
+    inner.mkdir()
+    features = torch.randn(ROWS, CHANNELS, generator=torch.Generator().manual_seed(3)).half()
+    save_features(elsewhere, features, {})
+    (inner / "link.safetensors").symlink_to(elsewhere)
+    (inner / "some.txt").write_text("link.safetensors\n")
+    output = tmp_path / "rows"
+    for given in (inner, inner / "some.txt"):
+        with pytest.raises(ValueError, match="names links alone, which --follow_links True follows"):
+            main(flags(model, given, output))
+    save_features(inner / "own.safetensors", features, {})
+    for told, left, made in (((), 1, 1), (("--follow_links", "True"), 0, 2)):
+        assert main(flags(model, inner, output, *told)) == 0
+        assert ("1 links were left out; --follow_links True follows them" in capsys.readouterr().out) == bool(left)
+        assert len(list(output.iterdir())) == made
+
+
 def test_a_signal_ends_it_between_two_videos(model, folder, tmp_path, capsys, monkeypatch):
     import signal
 

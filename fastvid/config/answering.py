@@ -99,7 +99,7 @@ class EmbedConfig(Checked):
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16, and store that; otherwise float32.")
     device: str | None = flag(None, "torch device. Default: a GPU if there is one.")
-    follow_links: bool = flag(False, "Follow lines of a list that lead out of its folder, and links to files.")
+    follow_links: bool = flag(False, "Follow lines of a list, and links, that lead out of the folder.")
     overwrite: bool = flag(False, "Replace files that were made with other settings.")
     max_failures: float = flag(0.01, "Largest share of failed videos with exit code 0.", at_least=0, at_most=1)
 

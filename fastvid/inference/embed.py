@@ -21,7 +21,7 @@ from fastvid import __version__
 from fastvid.features.file import feature_header
 from fastvid.features.names import SUFFIXES, stem
 from fastvid.files import StrPath, atomic_file, shown
-from fastvid.inference.questions import list_media
+from fastvid.inference.questions import inside, list_media
 from fastvid.inference.source import MEDIA_SUFFIXES, VideoSource
 from fastvid.video.named_inputs import lines
 
@@ -38,14 +38,15 @@ class Medium:
     output: Path
 
 
-def media_of(given: StrPath, output: StrPath, *, follow_links: bool = False) -> list[Medium]:
-    """The videos and feature files that `given` means, sorted by name; outputs mirror their names and folders.
+def media_of(given: StrPath, output: StrPath, *, follow_links: bool = False) -> tuple[list[Medium], int]:
+    """(the videos and feature files that `given` means, sorted by name; how many links are left out).
 
-    Of several files of one name but for the ending, the first of `MEDIA_SUFFIXES` is taken: features before the video.
+    Outputs mirror their names and folders. Of several files of one name but for the ending, the first of
+    `MEDIA_SUFFIXES` is taken: features before the video.
 
     Args:
         given: a file, a folder, or a list file.
-        follow_links: as for `fastvid.video.named_inputs.lines`.
+        follow_links: as for `fastvid.video.named_inputs.lines`; of a folder, take links that lead out of it.
 
     Raises:
         ValueError: there is none, or a line of the list leads elsewhere.
@@ -53,16 +54,23 @@ def media_of(given: StrPath, output: StrPath, *, follow_links: bool = False) -> 
     if not Path(given).exists():
         raise ValueError(f"--video {shown(given)} does not exist; give a video, a feature file, a folder or a list")
     if Path(given).suffix.lower() in _LISTS:
-        files = {name: Path(path) for name, path in lines(given, follow_links, flag="--video")[0].items()}
-        if not files:
+        found, others = lines(given, follow_links, flag="--video")
+        files, links = {name: Path(path) for name, path in found.items()}, others["links"]
+        if not files and not links:
             raise ValueError(f"--video {shown(given)} names no file; write a path on each line")
     else:
-        files = list_media(given, MEDIA_SUFFIXES)
+        files, links = list_media(given, MEDIA_SUFFIXES), 0
+        if Path(given).is_dir() and not follow_links:
+            own = {name: path for name, path in files.items() if inside(path, given)}
+            files, links = own, len(files) - len(own)
+    if not files:
+        raise ValueError(f"--video {shown(given)} names links alone, which --follow_links True follows")
     order = {suffix: place for place, suffix in enumerate(MEDIA_SUFFIXES)}
     chosen = {}
     for name in sorted(files, key=lambda name: (order.get(Path(name).suffix.lower(), len(order)), name)):
         chosen.setdefault(stem(name), name)
-    return [Medium(name, files[name], Path(output) / f"{key}.safetensors") for key, name in sorted(chosen.items())]
+    media = [Medium(name, files[name], Path(output) / f"{key}.safetensors") for key, name in sorted(chosen.items())]
+    return media, links
 
 
 def embeddings_header(path: StrPath) -> dict[str, Any] | None:
