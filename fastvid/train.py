@@ -120,7 +120,8 @@ def prepare(config: TrainConfig, world: parallel.World) -> Prepared:
     )
     if tasks:
         known = {"model": model_config, "trained": samples.look_again()}
-        fits = partial(check_file, config=beside_training.chat_config(config), **known)
+        files = beside_training.files_of(config)
+        fits = partial(check_file, config=beside_training.chat_config(config), files=files, **known)
         beside_training.check_features(tasks, fits, skip=config.on_bad_sample == "skip")
     config, loader, plan = planned(config, precision, model_config, samples, world, attention)
     config = planning.with_whole_steps(config, loader.order.total_steps)
@@ -402,7 +403,8 @@ def _validate(state, metrics):
 def _ask_tasks(state):
     """The benchmarks' figures on rank 0; None where a signal ended that."""
     config, trained = state.config, state.loader.samples.look_again()
-    chat = LiveModel(state.model, state.tokenizer, trained, beside_training.chat_config(config))
+    files = beside_training.files_of(config)
+    chat = LiveModel(state.model, state.tokenizer, trained, beside_training.chat_config(config), files)
     with state.averaged():
         return beside_training.ask(
             state.tasks, chat, config, state.world, state.step, run=state.run, stopped=lambda: state.stop_signal

@@ -98,6 +98,7 @@ class TrainConfig(DataConfig):
         "output_dir/eval_tasks.",
     )
     eval_video_folder: str | None = flag(None, "Folder of the feature files of their videos. Default: --video_folder.")
+    eval_video_folder_2: str | None = flag(None, "The second vision tower's. Default: --video_folder_2.")
     eval_max_new_tokens: int = flag(128, "Longest answer to them.", at_least=1)
     eval_kv_cache_gib: float = flag(
         4.0, "Memory for keys and values of their answers, beside what a step takes.", above=0, at_most=10**6

@@ -22,7 +22,7 @@ from fastvid.evaluation.tasks import TASKS, read_samples
 from fastvid.evaluation.videos import Videos
 from fastvid.features.names import SUFFIXES
 from fastvid.files import StrPath, shown
-from fastvid.inference.live import LiveModel
+from fastvid.inference.live import FilesOfTowers, LiveModel
 
 log = logging.getLogger("fastvid")
 
@@ -70,23 +70,32 @@ def eval_tasks(config: TrainConfig) -> list[EvalTask]:
                 f"{shown(name)}; rename one of the two files"
             )
         found[name] = EvalTask(name, task, annotations, _folder(config))
-    skip = config.on_bad_sample == "skip"
-    return [replace(each, features=_features_of(each, skip=skip)) for each in found.values()]
+    if not found:
+        return []
+    files, skip = files_of(config), config.on_bad_sample == "skip"
+    return [replace(each, features=_features_of(each, files, skip=skip)) for each in found.values()]
+
+
+def files_of(config: TrainConfig) -> FilesOfTowers:
+    """Where the features of the benchmarks' videos lie.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    second = config.eval_video_folder_2 or config.video_folder_2
+    if config.video_folder_2 is None and second is not None:
+        raise ValueError(f"--eval_video_folder_2 {shown(second)}: the run has one vision tower; leave the flag out")
+    return FilesOfTowers(_folder(config), second)
 
 
 def _folder(config):
-    if config.video_folder_2 is not None:
-        raise ValueError(
-            "--eval_tasks: a run of two vision towers (--video_folder_2) asks none; leave it out, and have `fastvid "
-            "evaluate` ask its checkpoints"
-        )
     folder = config.eval_video_folder or config.video_folder
     if folder is None:
         raise ValueError("--eval_tasks needs the features of its videos: name their folder with --eval_video_folder")
     return folder
 
 
-def _features_of(task, *, skip):
+def _features_of(task, files, *, skip):
     """The feature files of a benchmark's videos, one each; refuses one without them.
 
     Args:
@@ -102,7 +111,9 @@ def _features_of(task, *, skip):
         ) from error
     for sample in samples:
         try:
-            there[sample.video] = videos.find(sample)
+            found = videos.find(sample)
+            files(found)
+            there[sample.video] = found
         except ValueError as error:
             missing.setdefault(sample.video, error)
     if missing and (not skip or len(missing) == len({sample.video for sample in samples})):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_run import write_evaluation
-from training_run import config_of, flags, start
+from training_run import config_of, flags, start, write_run, write_second
 
 from fastvid import train
 from fastvid.config import ChatConfig, ExportConfig
@@ -102,6 +102,42 @@ def test_answers_are_those_of_the_checkpoint(run, tmp_path, mode):
                 }
         chat.close()
         shutil.rmtree(checkpoint.with_name("hf"), ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_two_towers_answer_as_their_checkpoint(tmp_path):
+    """Of a folder with sub-folders, and of one that lies elsewhere; one without the second tower's file is told."""
+    run = write_run(tmp_path, max_position_embeddings=400)
+    second = write_second(run)
+    for folder in (run / "feats", second):
+        (folder / "in").mkdir()
+        shutil.copy(folder / "clip3.safetensors", folder / "in" / "clip77.safetensors")
+    asked = [{"video": name, "question": "what is it?", "answer": "a cat"} for name in ("clip1", "in/clip77", "clip2")]
+    (run / "short.json").write_text(json.dumps(asked))
+    (run / "mc.json").write_text(json.dumps([{**each, "options": ["a cat", "why"]} for each in asked]))
+    given = ["--video_folder_2", str(second), "--eval_tasks", f"match={run}/short.json", f"mc={run}/mc.json"]
+    given += ["--eval_max_new_tokens", "7", "--eval_kv_cache_gib", "0.01", "--max_steps", "2", "--save_steps", "2"]
+    given += ["--eval_strategy", "steps", "--eval_steps", "2"]
+    shutil.copytree(second, run / "elsewhere")
+    (run / "elsewhere" / "clip2.safetensors").unlink()
+    lacking = config_of(run, run / "out", *given, "--eval_video_folder_2", str(run / "elsewhere"))
+    with pytest.raises(ValueError, match="1 videos have no features .*clip2.*--eval_video_folder"):
+        train.prepare(lacking, CPU)
+    assert train.main(flags(run, run / "out", *given)) == 0
+    both = {"video": str(run / "feats"), "video_2": str(second)}
+    chat = Chat(
+        ChatConfig(str(run / "model"), str(run / "out" / "checkpoint-2"), max_new_tokens=7, device="cpu", **both)
+    )
+    found = answered(run / "out" / "eval_tasks" / "match_short" / "step-2")
+    assert len(found) == 3
+    for each in found.values():
+        known = chat.features(run / "feats" / f"{each['video']}.safetensors")
+        assert each["prediction"] == chat.ask_features(known, each["question"])
+    again = {"model_name_or_path": run / "model", "projector": run / "out" / "checkpoint-2", "output": run / "again"}
+    again |= {**both, "task": "mc", "annotations": run / "mc.json", "max_new_tokens": 7, "device": "cpu"}
+    assert main([word for name, value in again.items() for word in (f"--{name}", str(value))]) == 0
+    of_training = predictions(run / "out" / "eval_tasks" / "mc_mc" / "step-2")
+    assert of_training == predictions(run / "again") and len(of_training) == 3
 
 
 QUANTISED = [
@@ -357,8 +393,8 @@ MISTAKES = [
         "--eval_tasks match={run}/unknown.json --on_bad_sample skip",
     ),
     (
-        "--eval_tasks mc={run}/mc.json --video_folder_2 {run}/feats",
-        "a run of two vision towers",
+        "--eval_tasks mc={run}/mc.json --eval_video_folder_2 {run}/feats",
+        "the run has one vision tower; leave the flag out",
         "--eval_tasks mc={run}/mc.json",
     ),
 ]
