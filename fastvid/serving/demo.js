@@ -148,7 +148,7 @@ async function ask(question) {
       if (piece.error) throw new Error(piece.error.message);
       answer.textContent += piece.choices[0]?.delta.content ?? "";
     }
-    if (about === clip) turns.push([question, answer.textContent || "…"]);
+    if (about === clip) turns.push([question, answer.textContent]);
   } catch (error) {
     complain(error.message);
   }
