@@ -22,7 +22,8 @@ from fastvid.batch import by_tower
 from fastvid.config import EvaluateConfig
 from fastvid.config.pooling import RECIPE
 from fastvid.evaluation.lines import Lines, read_lines
-from fastvid.evaluation.tasks import LETTERS, TASKS, Sample, read_samples, upstream_files
+from fastvid.evaluation.options import LETTERS
+from fastvid.evaluation.tasks import TASKS, Sample, read_samples, upstream_files
 from fastvid.evaluation.videos import FrameFolder, Videos
 from fastvid.features.names import SUFFIXES
 from fastvid.files import NO_LINKS, StrPath, atomic_file, read_json_object, shown

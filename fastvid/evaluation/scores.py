@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvid.evaluation.grading import Ask
-from fastvid.evaluation.tasks import LETTERS
+from fastvid.evaluation.options import LETTERS
 from fastvid.files import StrPath, atomic_file, read_json_object, shown
 
 SCORES, VALUES = "scores.json", "values.json"

@@ -4,18 +4,16 @@ import csv
 import io
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvid.data.parquet import read_parquet
 from fastvid.data.records import place, read_records, read_text
+from fastvid.evaluation.options import LETTERS, right_option, without_labels
 from fastvid.files import StrPath, shown
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _VIDEO = ("video", "videoID", "video_name", "video_id", "video_path")
-_LABEL = re.compile(r"\(?([A-Z])[.):]\s+")  # "A. apples", "(A) apples"
 
 
 @dataclass(frozen=True)
@@ -289,9 +287,8 @@ def _choices(files):
                 or not all(isinstance(option, str | int | float) for option in options)
             ):
                 raise ValueError(f'{where} has no list of options as "candidates" or "options"; give a multiple choice')
-            right = _right(options, record.get("answer"), where)
-            options = tuple(map(str, options))
-            options = tuple(_LABEL.sub("", option, count=1) if _labelled(options) else option for option in options)
+            right = right_option(options, record.get("answer"), where)
+            options = without_labels(tuple(map(str, options)))
             video = next((key for key in _VIDEO if key in record), "video")
             group = path.stem if len(files) > 1 else str(record.get("task_type") or record.get("duration") or "")
             samples.append(
@@ -319,37 +316,6 @@ def _part(record, where):
         told = " and ".join(shown(json.dumps(end, ensure_ascii=False)) for end in ends)
         raise ValueError(f'{where}: "start" and "end" are {told}; give both in seconds, or leave both out')
     return ends
-
-
-def _labelled(options):
-    """Whether the options are written with their letters: "A. apples", "B. pears"."""
-    return all((found := _LABEL.match(option)) and found[1] == letter for option, letter in zip(options, LETTERS))
-
-
-def _right(options, answer, where):
-    if answer in options and type(answer) in (int, float) and answer != options.index(answer):
-        if isinstance(answer, float) or not 0 <= answer < len(options):
-            return options.index(answer)
-        raise ValueError(
-            f'{where}: "answer" is {answer}, which is an option and the number (from 0) of another; write the options '
-            "and the answer as texts"
-        )
-    options = tuple(map(str, options))
-    if isinstance(answer, str) and answer in options:
-        if answer in LETTERS[: len(options)] and len(answer) == 1 and LETTERS.index(answer) != options.index(answer):
-            raise ValueError(
-                f'{where}: "answer" is {json.dumps(answer)}, which is an option and the letter of another; give the '
-                "option's number from 0"
-            )
-        return options.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]:
-        return LETTERS.index(answer)
-    if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options):
-        return answer
-    raise ValueError(
-        f'{where}: "answer" is {shown(json.dumps(answer, ensure_ascii=False))}, which is none of the options; give an '
-        "option's text, its letter, or its number from 0"
-    )
 
 
 def _table(path):
