@@ -55,6 +55,7 @@ SHAPES = {
     "gqa": {"num_kv_heads": 2},
     "mqa": {"num_kv_heads": 1},
     "tied": {"tie_word_embeddings": True},
+    "tied gqa": {"num_kv_heads": 2, "tie_word_embeddings": True},
     "wide heads": {"head_dim": 24, "num_heads": 2, "num_kv_heads": 2},
 }
 CASES = {**SHAPES, **{f"rope {name}": changes for name, changes in ROPE.items()}}

@@ -65,20 +65,20 @@ def by_target(model, tensors):
 
 
 def peft_model(model, lora=LORA):
-    """The `peft` package's model over transformers', with the weights of ours."""
+    """The `peft` package's model over transformers', with the weights of ours: of bits, the numbers that they mean."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), use_rslora=lora.rslora
     )
-    theirs = peft.get_peft_model(llama_of(model), settings)
+    theirs = peft.get_peft_model(llama_of(dense(model)), settings)
     ours = by_target(model, dict(model.named_parameters()))
     assert not theirs.load_state_dict(ours, strict=False).unexpected_keys
     return theirs, ours
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "int8", "nf4"])
 def test_equals_peft(kind):
-    model = random_model(KINDS[kind], trained())
+    model = random_model(KINDS[kind], trained()) if kind in KINDS else quantized(kind)
     theirs, ours = peft_model(model)
     batch = text_batch()
     expected, _ = llama_loss(theirs, batch)
@@ -116,6 +116,16 @@ def plain_gradients(model, batch):
     loss = torch.func.functional_call(merged, weights, (batch,))
     loss.backward()
     return loss.item(), {name: p.grad for name, p in tensors.items()}
+
+
+def dense(model):
+    """The same model without LoRA, and whose matrices hold what their bits stand for."""
+    whole = random_model(model.config, dataclasses.replace(model.trainable, lora=None))
+    for name, parameter in whole.named_parameters():
+        matrix = name.removesuffix(".weight")
+        of_matrix = name != matrix and isinstance(model.get_submodule(matrix), QuantizedLinear)
+        parameter.data = dense_weight(model, matrix) if of_matrix else model.get_parameter(name).detach()
+    return whole
 
 
 def dense_weight(model, name):
