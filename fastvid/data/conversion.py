@@ -208,7 +208,7 @@ def _converted(record, index, media_root):
         raise Unreadable("", f"has {found} {placeholder} in its text for {several}; each has one")
     if turns == record.get("conversations") and all(record.get(key) == value for key, value in named.items()):
         return record, [], names
-    if not any(turn["value"] for turn in turns if turn["from"] == "gpt"):
+    if not any(turn["value"] for turn in turns[first:] if turn["from"] == "gpt"):
         raise Unreadable("", "has no answer")
     return {"id": read.id, **named, "conversations": turns}, remarks, names
 

@@ -129,8 +129,7 @@ def part(given: Any, field: str, where: str) -> tuple[str, Medium | None]:
     """
     if not isinstance(given, dict):
         raise Unreadable(field, f"{where} is {kind_of(given)}, not a part of text, image or video")
-    said = given.get("type") or next((key for key in _TYPES if given.get(key)), None)
-    kind = _TYPES.get(said) if isinstance(said, str) else None
+    said, kind = _type_of(given)
     if kind is None:
         raise Unreadable(field, f"{where} is of the type {shown(str(said))}; only text, images and videos are read")
     if kind == "text":
@@ -145,6 +144,11 @@ def part(given: Any, field: str, where: str) -> tuple[str, Medium | None]:
     if not isinstance(value, str):
         raise Unreadable(field, f"{where} does not name a file{_but(value)}")
     return VIDEO, Medium(kind, _name(value))
+
+
+def shows(given: Any) -> bool:
+    """Whether a part of a turn is an image or a video, which the record may name beside its turns."""
+    return isinstance(given, dict) and _type_of(given)[1] not in (None, "text")
 
 
 def placed_first(turns: list[dict[str, str]], media: list[Medium]) -> list[dict[str, str]]:
@@ -183,6 +187,12 @@ def check_answers(turns: list[dict[str, str]], *, as_upstream: bool) -> None:
 def questions(turns: list[dict[str, str]]) -> list[str]:
     """The texts from who asks, in order."""
     return [turn["value"] for turn in turns if turn["from"] == "human"]
+
+
+def _type_of(given):
+    """(what a part says of its type, "text", "image", "video" or None)."""
+    said = given.get("type") or next((key for key in _TYPES if given.get(key)), None)
+    return said, _TYPES.get(said) if isinstance(said, str) else None
 
 
 def _with_placeholders(turns, media, remarks):

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastvid.data.media import Medium, Unreadable, check_answers, in_text, named_in, part, questions
+from fastvid.data.media import Medium, Unreadable, check_answers, in_text, named_in, part, questions, shows
 from fastvid.data.names import IMAGE, VIDEO
 from fastvid.data.records import kind_of
 from fastvid.files import shown
@@ -175,9 +175,8 @@ def _turns(listed, field, remarks, media):
         if key not in turn:
             fields = ", ".join(shown(name) for name in list(turn)[:8])
             raise Unreadable(field, f'turn {number} has no text as "value" (it has {fields})')
-        named = len(media)
         text = _of_parts(turn[key], field, f"turn {number}", key, remarks, media)
-        if role != "human" and len(media) > named:
+        if role != "human" and isinstance(turn[key], list) and any(map(shows, turn[key])):
             raise Unreadable(field, f"turn {number}, from {shown(given)}, holds a file; put it into a question")
         if role is None and given.lower() == "system" and not turns:
             if text:

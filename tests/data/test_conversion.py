@@ -119,6 +119,7 @@ NOT_CONVERTED = {
         "a caption and no question with an answer; ",
     ),
     "captions by time": ({"video_id": "v", "captions": [{"content": "c"}]}, "holds a caption and no question"),
+    "an answer that nobody asked for": ({"messages": [{"role": "assistant", "content": "a"}]}, "has no answer"),
     "preferences": ({"prompt": "Which?", "chosen": "a", "rejected": "b"}, "preferences are not trained on"),
     "frames": (
         {

@@ -103,6 +103,16 @@ def test_later_questions_of_video_chat2():
             {"messages": [{"role": "user", "content": "Draw."}, {"role": "model", "content": [{"video": "a.mp4"}]}]},
             "turn 1, from model, holds a file; put it into a question",
         ),
+        (  # named beside the turns, whose question shows it as well
+            {
+                "images": ["a.jpg"],
+                "messages": [
+                    {"role": "user", "content": [{"type": "image"}, "Draw."]},
+                    {"role": "assistant", "content": [{"type": "image"}]},
+                ],
+            },
+            "turn 1, from assistant, holds a file; put it into a question",
+        ),
         ({"query": "a", "response": "b", "history": ["c"]}, "not a list of .question, answer."),
         ({"query": None, "response": "b"}, "no text as .query."),
         ({"video": "v", "QA": [{"q": "a"}]}, "entry 0 is not an object of q and a"),
