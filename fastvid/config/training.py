@@ -51,7 +51,8 @@ class DataConfig(Checked):
     num_frames: int | None = flag(
         None,
         "Frames of each video that has no features yet, and temporal rows of those that are made. Default: as the "
-        "weights that training starts from were trained; 100 where they do not tell.",
+        "weights that training starts from were trained; 100 where they do not tell. A second tower keeps its own "
+        "where they tell it.",
         at_least=1,
         at_most=100_000,
     )

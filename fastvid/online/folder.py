@@ -23,7 +23,7 @@ from fastvid.features.pair import FolderPair
 from fastvid.files import StrPath, shown
 from fastvid.online.board import FAILED, MADE
 from fastvid.online.encoder import Encoder
-from fastvid.online.start import frames_to_make, made_otherwise, pooling_to_make, tower_to_make
+from fastvid.online.start import frames_to_make, made_otherwise, not_of_second, pooling_to_make, tower_to_make
 from fastvid.video.decode.still import is_still
 from fastvid.video.earlier import EarlierFeatures
 from fastvid.video.features import refuse_departures, settings_of
@@ -346,10 +346,11 @@ class OnlineFeatures(FeatureFolder):
             return None
         rows, channels = self.made_shape
         made = len(self._videos) - len(self.unmade)
+        others = not_of_second(self.config) if self._second else ""
         return (
             f"features: {len(self._videos):,} videos of --video_folder{self._which} have no feature file there; "
             f"{made:,} have one in {shown(self.cache)}, {len(self.unmade):,} are encoded when they are needed, by "
-            f"{shown(self.tower)} ({rows} × {channels} each)"
+            f"{shown(self.tower)} ({rows} × {channels} each){others and f'; {others}'}"
         )
 
 

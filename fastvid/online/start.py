@@ -79,6 +79,23 @@ def pooling_to_make(config: DataConfig, *, second: bool = False) -> Pooling:
     return Pooling.parse(pooling)
 
 
+def not_of_second(config: DataConfig) -> str:
+    """What is told with ``--num_frames`` and ``--pooling`` and is not of the second tower; "" where all of it is.
+
+    Raises:
+        ValueError: as `frames_to_make` and `pooling_to_make`.
+    """
+    frames, pooling = frames_to_make(config, second=True), pooling_to_make(config, second=True)
+    told = [f"--num_frames {config.num_frames}"] if config.num_frames not in (None, frames) else []
+    if config.pooling is not None and Pooling.parse(config.pooling) != pooling:
+        told.append(f"--pooling {config.pooling}")
+    if not told:
+        return ""
+    return (
+        f"{' and '.join(told)} of the first tower alone: the second's weights were trained with {frames} of {pooling}"
+    )
+
+
 def _trained(start, second):
     trained = Provenance() if start is None else of_weights(start)
     return (trained.second or Provenance()) if second else trained

@@ -7,7 +7,7 @@ import pytest
 from fastvid.config import DataConfig
 from fastvid.config.pooling import RECIPE
 from fastvid.online.folder import OnlineFeatures
-from fastvid.online.start import frames_to_make, pooling_to_make
+from fastvid.online.start import frames_to_make, not_of_second, pooling_to_make
 from fastvid.provenance import EXPORT_MARK, Provenance
 
 GRID = "grid:2x2x2"
@@ -24,6 +24,10 @@ def test_one_pair_of_the_second_tower_comes_before_the_flags(tmp_path):
     config = starting_from(tmp_path, Provenance(num_frames=16, pooling=GRID), num_frames=8, pooling=RECIPE)
     assert (frames_to_make(config, second=True), str(pooling_to_make(config, second=True))) == (16, GRID)
     assert (frames_to_make(config), str(pooling_to_make(config))) == (8, RECIPE)
+    told = f"--num_frames 8 and --pooling {RECIPE} of the first tower alone: the second's weights were trained with "
+    assert not_of_second(config) == f"{told}16 of {GRID}"
+    for flags in ({}, {"num_frames": 16}, {"pooling": GRID}):
+        assert not_of_second(starting_from(tmp_path, Provenance(num_frames=16, pooling=GRID), **flags)) == ""
 
 
 def test_of_several_the_flags_choose_and_others_are_refused(tmp_path):

@@ -90,7 +90,7 @@ def test_features_of_one_tower_may_be_there(run, tmp_path, there):
 
 
 @pytest.mark.slow
-def test_a_second_tower_makes_what_it_made_for_the_weights(run, tmp_path):
+def test_a_second_tower_makes_what_it_made_for_the_weights(run, tmp_path, caplog):
     """Of other frames and another pooling than the first one's."""
     grid = extract.ExtractConfig(
         str(run / "videos"),
@@ -108,6 +108,7 @@ def test_a_second_tower_makes_what_it_made_for_the_weights(run, tmp_path):
     assert train.main(both(run, tmp_path / "out", *start, *more)) == 0
     assert files(tmp_path / "out" / "features_2").items() <= files(tmp_path / "grids").items()
     assert files(tmp_path / "out" / "features_2")
+    assert f"--num_frames {FRAMES} and --pooling temporal+spatial of the first tower alone: " in caplog.text
 
 
 def test_what_training_would_make_is_checked_before(run, tmp_path, capsys):
