@@ -182,7 +182,9 @@ class Loader(Generic[Order]):
 
 def groups_of(config: TrainConfig, samples: SampleSet) -> Groups | None:
     """The samples that stay together, of ``--share_video``; None where none do."""
-    return Groups.of_records(samples.records, config.question_order) if config.share_video else None
+    if not config.share_video:
+        return None
+    return Groups.of_records(samples.records, config.question_order, config.dataloader_num_workers)
 
 
 def training_loader(

@@ -6,18 +6,20 @@ rows once. In the reference's data every other question stands before its video,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 
 from fastvid.data.conversation import ordered
 from fastvid.data.names import VIDEO
+from fastvid.data.prefetch import Prefetcher
 from fastvid.data.styles import record_videos
+from fastvid.data.table import RecordTable
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+_CHUNK = 4096  # records that a process looks at together
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,15 +33,27 @@ class Groups:
     of: np.ndarray
 
     @staticmethod
-    def of_records(records: Iterable[dict[str, Any]], question_order: str) -> Groups:
-        """The groups of training records, from their text.
+    def of_records(records: RecordTable | Sequence[dict[str, Any]], question_order: str, processes: int = 0) -> Groups:
+        """The groups of training records, from their text, of which memory holds 16 bytes each.
 
         Args:
             question_order: as `fastvid.data.conversation.ordered` takes it.
+            processes: as many look at the records; 0: this one.
         """
-        numbers = {}
-        keys = (_beginning(record, question_order) or index for index, record in enumerate(records))
-        return Groups(np.array([numbers.setdefault(key, len(numbers)) for key in keys], dtype=np.int64))
+        count = len(records)
+
+        def digests(number):
+            some = range(number * _CHUNK, min(count, (number + 1) * _CHUNK))
+            return b"".join(_digest(_beginning(records[index], question_order), index) for index in some)
+
+        chunks = range(-(-count // _CHUNK))
+        found = b"".join(Prefetcher(digests, min(processes, len(chunks) // 2)).map(chunks))
+        halves = np.frombuffer(found, np.uint64).reshape(-1, 2)
+        order = np.lexsort(halves.T)  # of a group, the first sample comes first
+        begins = np.diff(halves[order], axis=0, prepend=~halves[order][:1]).any(axis=1)
+        of = np.empty(count, np.int64)
+        of[order] = np.argsort(np.argsort(order[begins]))[np.cumsum(begins) - 1]
+        return Groups(of)  # numbered as their first samples come
 
     def without(self, apart: np.ndarray) -> Groups:
         """The same groups, but that those of the samples in `apart` ([n] bool) are dissolved."""
@@ -78,6 +92,13 @@ class Groups:
                 room[batch] -= taken
                 run = run[taken:]
         return batches
+
+
+def _digest(beginning, index):
+    """16 bytes that are the same for samples with the same beginning; its own for the sample `index` without one."""
+    if beginning is None:
+        return b"alone\0\0\0" + index.to_bytes(8, "little")
+    return blake2b(repr(beginning).encode(), digest_size=16).digest()
 
 
 def _beginning(record, question_order):

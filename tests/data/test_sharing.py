@@ -1,6 +1,7 @@
 """Samples that share a video: who they are, how they stay together, and that sharing changes no gradient."""
 
 import json
+import random
 from itertools import chain
 
 import numpy as np
@@ -13,6 +14,7 @@ from training_run import SAMPLES, config_of, three_a_video, write_run
 
 from fastvid import train
 from fastvid.config.policy import POLICIES
+from fastvid.data import sharing
 from fastvid.data.conversation import encode_sample, inference_prompt, ordered, system_prefix
 from fastvid.data.packing import pack
 from fastvid.data.sharing import Groups
@@ -109,6 +111,19 @@ def test_groups_are_samples_whose_prompts_are_one_up_to_the_video():
     ]
     assert Groups.of_records(records, "reference").of.tolist() == [0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 0, 8, 8]
     assert Groups.of_records(records, "video_first").of.tolist()[:6] == [0, 0, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_groups_are_numbered_as_their_samples_come_whoever_looks_at_them(monkeypatch, processes):
+    monkeypatch.setattr(sharing, "_CHUNK", 7)
+    draw = random.Random(0)
+    asked = [f"{draw.randrange(9)}\n<video>" if draw.random() < 0.8 else "\ud800" for _ in range(60)]
+    records = [record(question, "a", video=f"{draw.randrange(3)}.mp4") for question in asked]
+    numbers, expected = {}, []
+    for index, each in enumerate(records):
+        key = (each["video"], asked[index]) if "<video>" in asked[index] else index
+        expected.append(numbers.setdefault(key, len(numbers)))
+    assert Groups.of_records(records, "reference", processes).of.tolist() == expected
 
 
 @pytest.mark.slow
