@@ -348,6 +348,19 @@ def test_what_stands_between_members_of_an_array_is_looked_at(tmp_path, gap):
         table(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("form", ["%s", "[%s]", '{"data": [%s]}'])
+def test_of_a_field_that_stands_twice_the_last_counts(tmp_path, form):
+    """For every reader of a file, and no such record is taken for a plain one."""
+    turns = '"conversations": [{"from": "human", "value": "x", "value": "<video>"}, {"from": "gpt", "value": "A"}]'
+    for written in (
+        f'{{"id": "1", "id": "2", "video": "a", "video": "b", {turns}}}',
+        f'{{"id": "2", "video": "a", "conversations": [], {turns}, "video": "b"}}',
+    ):
+        (tmp_path / "a.json").write_text(form % written)
+        expected = {**record(2, question="<video>", answer="A"), "id": "2", "video": "b"}
+        assert list(table(tmp_path / "a.json")) == read_records(tmp_path / "a.json") == [expected]
+
+
 def test_a_table_is_the_usable_records_of_its_files(tmp_path):
     given = [
         *RECORDS,
