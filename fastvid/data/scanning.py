@@ -183,9 +183,7 @@ class _Runs:
 
     def __init__(self, data):
         self._data, self._marks, self._is_text = data, Marks(data), _is_text(data)
-        begins, ends, found = laid_out(self._marks) if self._is_text else _NOTHING
-        whole = ends < len(data)
-        self._begins, self._ends, self._found = begins[whole], ends[whole], found[whole]
+        self._begins, self._ends, self._found = laid_out(self._marks) if self._is_text else _NOTHING
         gap, after = self._begins[1:] - self._ends[:-1], self._marks.values
         blank = _BLANKS[after[self._begins[1:] - 1]]
         follows = (after[self._ends[:-1]] == ord(",")) & ((gap == 1) | ((gap == 2) & blank))

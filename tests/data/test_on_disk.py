@@ -48,6 +48,7 @@ FILES = {
     "array, utf-8": json.dumps(RECORDS, ensure_ascii=False).encode(),
     "indented": b"\xef\xbb\xbf " + json.dumps(RECORDS, indent=2).encode() + b"\n",
     "narrow": json.dumps(RECORDS, separators=(",", ":")).encode(),
+    "array of lines": b"[\n" + b",\n".join(LINES[:9]) + b" ,\r\n\t".join([b"", *LINES]) + b"\n]\n",
     "wrapped": json.dumps({"data": RECORDS}).encode(),
     "one": json.dumps(RECORDS[0], indent=1).encode(),
     "members": b'[1, "a]", null, [2], {}]',
@@ -227,6 +228,8 @@ def test_a_pipe_is_read_once():
         (json.dumps(RECORDS).encode()[:-1], "a.json: line 1, column "),
         (json.dumps(RECORDS).encode() + b" x", "a.json: line 1, column .*Extra data"),
         (b"\n".join(LINES) + b'\n{"id": "\xff"}', r"a.json: byte \d+ is not UTF-8"),
+        (b"\n".join([*LINES, LINES[5].replace(b"Blue", b"Bl\xff")]), r"a.json: byte \d+ is not UTF-8"),
+        (b"[%s, %s]" % (LINES[5], LINES[6].replace(b"Blue", b"Bl\xff")), r"a.json: byte \d+ is not UTF-8"),
         (b'[{"q": "caf\xe9"}]', r"a.json: byte 11 is not UTF-8"),
         (b"", "a.json is empty"),
     ],
@@ -332,15 +335,6 @@ def table(path, missing=lambda name: None, use_start_end=True):
     return made
 
 
-@pytest.mark.parametrize("gap", [",", ", ", ",\n", ",\r\n  ", " ,", "\n,\t"])
-@pytest.mark.parametrize("chunk", [700, 2**24])
-def test_members_of_an_array_may_stand_in_any_distance(tmp_path, monkeypatch, gap, chunk):
-    monkeypatch.setattr(scanning, "CHUNK", chunk)
-    members = [LINES[0], LINES[1], *LINES[5:9]]
-    (tmp_path / "a.json").write_bytes(b"[" + gap.encode().join(members) + b"]")
-    assert list(table(tmp_path / "a.json")) == [RECORDS[0], record(1), *RECORDS[5:9]]
-
-
 @pytest.mark.parametrize("gap", ["", " ", ",,", ";", ", ,", ",\x0b", ",x", "}, "])
 def test_what_stands_between_members_of_an_array_is_looked_at(tmp_path, gap):
     (tmp_path / "a.json").write_bytes(b"[" + gap.encode().join(LINES[5:9]) + b"]")
@@ -350,7 +344,6 @@ def test_what_stands_between_members_of_an_array_is_looked_at(tmp_path, gap):
 
 @pytest.mark.parametrize("form", ["%s", "[%s]", '{"data": [%s]}'])
 def test_of_a_field_that_stands_twice_the_last_counts(tmp_path, form):
-    """For every reader of a file, and no such record is taken for a plain one."""
     turns = '"conversations": [{"from": "human", "value": "x", "value": "<video>"}, {"from": "gpt", "value": "A"}]'
     for written in (
         f'{{"id": "1", "id": "2", "video": "a", "video": "b", {turns}}}',
@@ -393,6 +386,12 @@ def test_a_table_is_the_usable_records_of_its_files(tmp_path):
     assert made.place(32) == f"{tmp_path / 'b.json'}: record 2 (from 0)"
     assert made.sizes()[0] == len(LINES[0]) and made[-1] == expected[-1]
     assert [*made.remarks.counts.values()] == [1, 1]  # <video> without a video; "video" beside "videos"
+
+
+@pytest.mark.parametrize("form", [b"%s\n%s", b"[%s, %s]"])
+def test_a_role_in_a_text_is_remarked(tmp_path, form):
+    (tmp_path / "a.json").write_bytes(form % (LINES[6].replace(b"Blue.", b"a ASSISTANT: b"), LINES[7]))
+    assert table(tmp_path / "a.json").remarks.counts.total() == 1
 
 
 def test_a_table_of_plain_records_alone(tmp_path):
