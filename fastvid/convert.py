@@ -125,6 +125,11 @@ def _tell(config, done):
         if count:
             remedy = "; training leaves them out with --on_bad_sample skip" if what == "answer" else ""
             lines.append(f"{count} records have an empty {what}{remedy}")
+    if done.placeholders:
+        lines.append(
+            f"{done.placeholders} records have <video> or another placeholder in their own text: training refuses "
+            "them; take it out of the text, or leave them out with --on_bad_sample skip"
+        )
     print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
 
 

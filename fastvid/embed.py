@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvid.config import ChatConfig, EmbedConfig
+from fastvid.features.names import SUFFIXES
 from fastvid.files import NOTHING_MORE_FITS, remove_left_over, shown
 from fastvid.flags import parse
 from fastvid.inference.embed import Embedder, media_of
@@ -23,6 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tqdm import tqdm
 
     config = parse(EmbedConfig, argv)
+    if Path(config.output).suffix in (*SUFFIXES, ".bin", ".npz", ".pth") and not Path(config.output).is_dir():
+        raise ValueError(
+            f"--output {shown(config.output)} is to be a folder: of each video it gets a .safetensors file"
+        )
     media, links = media_of(config.video, config.output, follow_links=config.follow_links)
     make_current(open_device(config.device))
     names = ChatConfig.__dataclass_fields__.keys() & EmbedConfig.__dataclass_fields__.keys()

@@ -41,6 +41,7 @@ __all__ = [
     "same_tower",
     "what_decoders_mean",
     "what_fp8_means",
+    "what_frames_mean",
     "what_pooling_means",
     "why_no_frames",
     "why_no_pooling",
@@ -269,11 +270,20 @@ def what_pooling_means(given: str | None, poolings: Iterable[str | None]) -> str
         given: what the user said; None if nothing.
         poolings: of each feature file, as far as its header tells.
     """
-    others = Counter(pooling for pooling in poolings if pooling not in (None, given))
+    return _left_as_they_are("pooling", given, Counter(pooling for pooling in poolings if pooling not in (None, given)))
+
+
+def what_frames_mean(given: int | None, frames: Iterable[int | None]) -> str | None:
+    """The same of ``--num_frames``; `frames` are those of videos' feature files, as far as their headers tell."""
+    others = Counter(f"{number} frames" for number in frames if number not in (None, given))
+    return _left_as_they_are("num_frames", given, others)
+
+
+def _left_as_they_are(flag, given, others):
     if given is None or not others:
         return None
     return (
-        f"--pooling {given} is for videos that have no features yet; those that are there are used as they are: "
+        f"--{flag} {given} is for videos that have no features yet; those that are there are used as they are: "
         f"{_listed(others)}"
     )
 

@@ -83,6 +83,8 @@ def test_a_second_run_makes_what_is_missing_or_has_changed(model, folder, tmp_pa
 
 def test_other_settings_are_told_before_anything_is_written(model, folder, tmp_path):
     output = tmp_path / "rows"
+    with pytest.raises(ValueError, match="rows.npy is to be a folder, which gets a .safetensors file for each video"):
+        main(flags(model, folder / "in", tmp_path / "rows.npy"))
     assert main(flags(model, folder / "in", output)) == 0
     other = save_file(projector_state(scale=2.0), tmp_path / "other.safetensors") or tmp_path / "other.safetensors"
     draw(folder / "in" / "aa.mp4", 5)

@@ -9,7 +9,7 @@ from test_config import CLASSES, TRAIN, error_of
 
 from fastvid.config import ConvertConfig, ExtractConfig, TrainConfig
 from fastvid.config.fields import words_of
-from fastvid.flags import _PLACES, parse
+from fastvid.flags import _ALSO_PATHS, _PLACES, parse
 from fastvid.flags.foreign import MEANING, SYNONYMS, VALUES
 
 
@@ -61,7 +61,7 @@ def test_suggestions_are_flags_of_the_command(capsys):
 def test_remedies_name_flags_that_are_there():
     known = {f"--{field.name}" for field in dataclasses.fields(TrainConfig)}
     named = {flag for meaning in MEANING.values() for flag in re.findall(r"--\w+", meaning.remedy + meaning.note)}
-    assert named - known == {"--checkpoint", "--push_to_hub", "--nproc_per_node"}  # export's, torchrun's
+    assert named - known == {"--checkpoint", "--push_to_hub", "--nproc_per_node", "--images"}  # other commands'
 
 
 def test_all_mistakes_are_told_at_once(capsys):
@@ -258,7 +258,9 @@ def test_an_empty_path_is_refused(flag, capsys):
 
 
 def test_flags_of_places_are_there():
-    assert _PLACES <= {field.name for config_class in CLASSES for field in dataclasses.fields(config_class)}
+    assert _PLACES | _ALSO_PATHS <= {
+        field.name for config_class in CLASSES for field in dataclasses.fields(config_class)
+    }
 
 
 def test_places_to_write_are_looked_at_first(tmp_path, capsys):
@@ -274,6 +276,14 @@ def test_places_to_write_are_looked_at_first(tmp_path, capsys):
     assert "--clip_feat_path" in message and "is a file" in message
     message = error_of(capsys, ConvertConfig, ["--input_json_file", "x", "--output_json_file", str(tmp_path)])
     assert "--output_json_file" in message and "is a folder" in message
+
+
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("data_path: [~/a.json, b~.json]\nlora_weights: ~/l\nrun_name: ~/x\n")
+    config = parse(TrainConfig, [*TRAIN[:2], "--output_dir=~/out", "--config", "~/run.yaml"])
+    assert config.output_dir == f"{tmp_path}/out" and config.data_path == [f"{tmp_path}/a.json", "b~.json"]
+    assert config.lora_weights == f"{tmp_path}/l" and config.run_name == "~/x"
 
 
 def test_help_is_short_and_in_groups(capsys, monkeypatch):

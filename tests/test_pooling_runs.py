@@ -136,6 +136,21 @@ def test_validate_tells_images_from_features_that_tell_no_pooling(made, tmp_path
 
 
 @pytest.mark.slow
+def test_frames_that_features_do_not_have_are_told_and_a_rate_of_zero(trained, tmp_path, caplog, capsys):
+    words = argv(trained, tmp_path / "out", "--max_steps", "1", records=trained / "grid.json")
+    checked = ["--data_path", str(trained / "grid.json"), "--video_folder", str(trained / "feats")]
+    unlike = f"--num_frames 7 is for videos that have no features yet; .* as they are: 2 of {FRAMES} frames$"
+    for frames, count in (("7", 1), (str(FRAMES), 0)):
+        caplog.clear()
+        rate = ["--learning_rate", "0"] * count
+        assert train.main([*words, "--dry_run", "--num_frames", frames, *rate]) == 0
+        assert len(re.findall(unlike, caplog.text, re.MULTILINE)) == count
+        assert caplog.text.count("--learning_rate 0: no step changes a weight") == count
+        assert validate.main([*checked, "--num_frames", frames]) == 0
+        assert len(re.findall(f"warning +{unlike}", capsys.readouterr().out, re.MULTILINE)) == count
+
+
+@pytest.mark.slow
 def test_a_pooling_that_features_do_not_have_is_told(trained, tmp_path, caplog, capsys):
     """They are used as they are, as are those beside videos that get the pooling."""
     unlike = rf"--pooling {re.escape(RECIPE)} is for videos that have no features yet; .* as they are: 2 of {GRID}$"

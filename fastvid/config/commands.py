@@ -139,7 +139,9 @@ class ExportConfig(Checked):
     """A checkpoint to the reference's or Hugging Face's format."""
 
     checkpoint: str = field(metadata={"help": "checkpoint-N folder, or an output_dir (its newest checkpoint)."})
-    output: str = field(metadata={"help": "File (projector) or folder (peft, llama, llava) to write."})
+    output: str = field(
+        metadata={"help": "File (projector) or folder (peft, llama, llava) to write.", "writes": "file or folder"}
+    )
     format: Literal["projector", "peft", "llama", "llava"] | None = flag(
         None,
         "projector, the default: mm_projector.bin or .safetensors by ending; peft: a LoRA adapter, which PEFT "

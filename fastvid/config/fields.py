@@ -19,9 +19,9 @@ def flag(default: Any, help: str, **metadata: Any) -> Any:
     Args:
         help: its ``--help`` text.
         metadata: "at_least", "above", "at_most" and "below" are a number's range (of a list, each number's); "group"
-            begins a group of ``--help``; "was" is an older name, which is taken too; "writes" says that a "file" or a
-            "folder" is made there; "whole_from" is the number from which on only whole ones mean something; "check"
-            is called with a text, and raises ValueError if it means nothing.
+            begins a group of ``--help``; "was" is an older name, which is taken too; "writes" says that a "file", a
+            "folder" or a "file or folder" is made there; "whole_from" is the number from which on only whole ones mean
+            something; "check" is called with a text, and raises ValueError if it means nothing.
     """
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, **metadata})

@@ -12,7 +12,7 @@ import torch
 from fastvid import provenance
 from fastvid.batch import Channels, FeaturePair, Features
 from fastvid.config import TrainConfig
-from fastvid.config.pooling import RECIPE
+from fastvid.config.pooling import OF_AN_IMAGE, RECIPE
 from fastvid.data.annotations import examine
 from fastvid.data.conversation import TRAINING_TEMPLATES, EncodedSample, encode_sample, settled_version
 from fastvid.data.table import RecordTable
@@ -181,9 +181,14 @@ class SampleSet:
             )
         if mixed := provenance.what_fp8_means(provenance.in_fp8(header for _, header in looked_at)):
             log.warning("%s%s", mixed, some if len(looked_at) < len(names) else "")
-        made = [provenance.Provenance.of_header(header).pooling for _, header in looked_at]
-        if (unlike := provenance.what_pooling_means(self.config.pooling, made)) and log:
-            log.warning("%s%s", unlike, some if len(looked_at) < len(names) else "")
+        made = [provenance.Provenance.of_header(header) for _, header in looked_at]
+        frames = [each.num_frames for each in made if each.pooling != OF_AN_IMAGE]
+        for unlike in (
+            provenance.what_pooling_means(self.config.pooling, [each.pooling for each in made]),
+            provenance.what_frames_mean(self.config.num_frames, frames),
+        ):
+            if unlike and log:
+                log.warning("%s%s", unlike, some if len(looked_at) < len(names) else "")
         return found
 
     def check_some(self, limit: int = 64) -> None:

@@ -9,9 +9,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastvid.data.names import END, PATCH, START
 from fastvid.data.records import RecordWriter, kind_of
 from fastvid.features.names import SUFFIXES
 from fastvid.files import VIDEO_SUFFIXES, StrPath, shown
+
+_PLACEHOLDERS = ("<video>", PATCH, START, END)
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Converted:
         absent: those left out for want of features, as (index, name of the video).
         shortened: names that were taken without the ending of a video, which features do not have.
         empty: records kept that have an empty question, and those that have an empty answer.
+        placeholders: records kept that hold a placeholder beside the one that they get, which training refuses.
     """
 
     records: list[dict] | RecordWriter = field(default_factory=list)
@@ -31,6 +35,7 @@ class Converted:
     absent: list[tuple[int, str]] = field(default_factory=list)
     shortened: int = 0
     empty: dict[str, int] = field(default_factory=lambda: {"question": 0, "answer": 0})
+    placeholders: int = 0
 
 
 def add_converted(done: Converted, record: Any, index: int, feature_ids: set[str] | None) -> tuple[str, str] | None:
@@ -63,6 +68,7 @@ def add_converted(done: Converted, record: Any, index: int, feature_ids: set[str
     done.records.append({"id": name, "video": f"{name}.pkl", "conversations": turns})
     done.empty["question"] += not record["q"]
     done.empty["answer"] += not record["a"]
+    done.placeholders += any(word in record["q"] + record["a"] for word in _PLACEHOLDERS)
     return None
 
 

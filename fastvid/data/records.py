@@ -35,6 +35,7 @@ _OF_RECORDS = {
 _BEGINNINGS = {b"PK\x03\x04": "is a zip archive; unpack it"}
 _KINDS = {dict: "an object", list: "a list", str: "text", bool: "a truth value", type(None): "null"}
 BLANK = " \t\r\n"  # what JSON has as white space, and a blank line is made of
+_PER_LINE = "expected a JSON array or one JSON object per line"
 _ENDINGS = (".json", ".jsonl", ".parquet")
 _OPEN_ALREADY = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")  # a shell's <(command): a pipe with somebody who writes
 
@@ -168,6 +169,8 @@ def _what_to_give(path):
     """The remedy for a path that is no data file."""
     name, path = str(path), Path(path)
     pieces = [piece.strip() for piece in name.split(",")]
+    if "://" in name:
+        return "download it first, and give its path"
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in _ENDINGS)
         return f"give the data files in it{': ' * bool(files)}{', '.join(map(shown, files[:5]))}"
@@ -185,15 +188,34 @@ def _parse(text, path, number=None):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        hint = "" if number is None else "; expected a JSON array or one JSON object per line"
-        if Path(path).suffix in (".yaml", ".yml"):
-            hint = "; YAML is no data file: give the JSON files that it lists"
+        hint = _hint(text, error, path, number)
         raise ValueError(
-            f"{shown(path)}: line {number or error.lineno}, column {error.colno}: {error.msg}{hint}"
+            f"{shown(path)}: line {number or error.lineno}, column {error.colno}: {error.msg}{'; ' * bool(hint)}{hint}"
         ) from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
         where = shown(path) if number is None else f"{shown(path)}: line {number}"
         raise ValueError(f"{where} is not what a data file can hold ({error})") from error
+
+
+def _hint(text, error, path, number):
+    """What is wrong with a text that is no JSON, and the remedy; "" where nothing is likely."""
+    if Path(path).suffix in (".yaml", ".yml"):
+        return "YAML is no data file: give the JSON files that it lists"
+    if Path(path).suffix in (".csv", ".tsv"):
+        return "a table is no data file: write each of its rows as a JSON object"
+    before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
+    if after[:1] in ("'", "N", "T", "F") and after.startswith(("'", "None", "True", "False")):
+        return "this is Python's notation: write the file with json.dump"
+    if after.startswith(("//", "/*", "#")):
+        return "JSON has no comments: take them out"
+    if (after[:1] in ("]", "}") and before.endswith(",")) or error.msg.startswith("Illegal trailing comma"):
+        return "take out the comma before the bracket"
+    if error.msg.startswith("Invalid control character"):
+        return r"within a text, line breaks are written as \n and tabs as \t: write the file with json.dump"
+    if before and (not after or error.msg.startswith("Unterminated string")):
+        cut = "cut short: copy or write the file again"
+        return f"the file is {cut}" if number is None else f"{_PER_LINE}, and this one is {cut}"
+    return "" if number is None else _PER_LINE
 
 
 def _object(text):

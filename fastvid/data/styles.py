@@ -164,7 +164,7 @@ def _turns(listed, field, remarks, media):
     turns = []
     for number, turn in enumerate(listed):
         if not isinstance(turn, dict):
-            raise Unreadable(field, f'turn {number} does not say that it is "from": "human" or "gpt"')
+            raise Unreadable(field, f"turn {number} is {kind_of(turn)}, not an object; write {_FORM}")
         given = turn.get("from")
         if given is None:
             given = turn.get("role")

@@ -22,6 +22,8 @@ from fastvid.features.manifest import read_files
 from fastvid.features.names import SUFFIXES, namesake, stem
 from fastvid.files import StrPath, name_of, shown
 
+_MOST_SEARCHED = 100  # sub-folders, for features that a record names without them
+
 
 class MissingFeatures(ValueError):
     """A record's video has no feature file."""
@@ -31,7 +33,8 @@ class FeatureFolder:
     """Finds the feature file that a record's `video` means, and never one outside the folder.
 
     A record's value is only looked up in listings of what is there, and never handed to the file system. Each
-    (sub-)folder is listed once, when it is first asked for: files that appear later are not seen.
+    (sub-)folder is listed once, when it is first asked for, or when something is missing: files that appear later are not
+    seen.
 
     Args:
         folder: may itself be a symbolic link; links in it must lead to places in it.
@@ -231,11 +234,24 @@ class FeatureFolder:
             hint += "; it is a URL, and must be downloaded first"
         elif "\\" in name:
             hint += "; sub-folders are written with /"
+        elif elsewhere := self._everywhere.get(stem(os.path.basename(name))):
+            hint += f"; {shown(elsewhere)} lies there: write its folder into the record as it is here"
         return MissingFeatures(
             f"video {name!r} has no features in {shown(self.folder)}{hint}; extract them (fastvid "
             "extract), or leave its records out (train with --on_bad_sample skip, or use "
             "scripts/filter_for_missing_videos.py)"
         )
+
+    @cached_property
+    def _everywhere(self):
+        """{name without ending: a feature file of it}, in the folder itself and in the first of its sub-folders."""
+        found = {}
+        for inner in ("", *sorted(self._listings[""].folders)[:_MOST_SEARCHED]):
+            with contextlib.suppress(OSError):
+                listing = self._list(inner)
+                for file in () if listing is None else listing.files:
+                    found.setdefault(stem(file), os.path.join(inner, file))
+        return found
 
     @staticmethod
     def _leaves(name, reason):

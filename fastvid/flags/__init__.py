@@ -75,6 +75,8 @@ _PLACES = {  # flags of which an empty text would mean the folder that a command
     "vision_tower",
     "vision_tower_2",
 }
+_ALSO_PATHS = {"adapter", "eval_video_folder", "lora_weights", "media_root"}  # an empty text of these means none
+_NO_JSON = (".csv", ".gz", ".parquet", ".tsv", ".xlsx", ".yaml", ".yml", ".zip")  # what nothing writes
 _NEAR = 0.85  # of difflib's ratio: a letter or two are wrong
 _LIKE_A_FLAG = re.compile(r"[-\u2010-\u2015\u2212]+[A-Za-z_]")  # one hyphen, or a word processor's dash
 _IS_FLAG = re.compile(r"--[A-Za-z_]\S*", flags=re.DOTALL)
@@ -124,6 +126,8 @@ def _filled(config_class: type[Config], argv: list[str]) -> Config:
         if name in fields:
             try:
                 values[name] = _value(fields[name].type, _our_values(name, times))
+                if name in _PLACES | _ALSO_PATHS:
+                    values[name] = _at_home(values[name])
                 if name in _PLACES and "" in (values[name] if isinstance(values[name], list) else [values[name]]):
                     raise ValueError("is empty, as of a variable that is not set; give a path, or leave the flag out")
             except ValueError as error:
@@ -180,7 +184,7 @@ def _read_settings(given):
     """The YAML file behind ``--config``, as `_split` gives flags."""
     import yaml
 
-    path = " ".join(given[1][-1])
+    path = _at_home(" ".join(given[1][-1]))
     try:
         with open(path, encoding="utf-8") as file:
             settings = yaml.safe_load(file) or {}
@@ -198,6 +202,13 @@ def _read_settings(given):
         for name, value in settings.items()
         if value is not None and (value != [] or name in VALUES)
     }
+
+
+def _at_home(value):
+    """A path, or a list of paths, with the home folder for ``~``, which shells leave in ``--flag=~/x`` and in YAML."""
+    if isinstance(value, list):
+        return [_at_home(path) for path in value]
+    return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value
 
 
 def _our_values(name, times):
@@ -283,10 +294,19 @@ def _check_places(filled):
             continue
         if "://" in value:
             raise ValueError(f"--{field.name} {shown(value)} is a URL; name a place on this machine")
+        if value == "-" and kind == "file":
+            raise ValueError(f"--{field.name} -: give /dev/stdout to write there, or ./- for a file of that name")
         path = Path(value)
         if kind == "file" and path.is_dir():
             raise ValueError(f"--{field.name} {shown(path)} is a folder; name a file in it")
+        if kind == "file" and field.name != "html" and path.suffix.lower() in _NO_JSON:
+            raise ValueError(f"--{field.name} {shown(path)} would hold JSON; give a name that ends in .json or .jsonl")
         for folder in ([path] if kind == "folder" else []) + list(path.parents):
+            if folder.is_symlink() and not folder.exists():
+                raise ValueError(
+                    f"--{field.name} {shown(path)}: {shown(folder)} is a link that leads nowhere; make the folder that "
+                    "it leads to, or name another"
+                )
             if folder.exists() and not folder.is_dir():
                 raise ValueError(f"--{field.name} {shown(path)}: {shown(folder)} is a file, not a folder; name another")
 

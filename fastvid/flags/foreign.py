@@ -54,7 +54,7 @@ _SHARD = "leave it out: --shard auto (or full, hybrid) shards a model over ranks
 _LENGTH = "leave it out: --tokens_per_batch N fills batches without padding"
 _HUB = "leave it out; when the run has ended, fastvid export --push_to_hub True uploads what it trained"
 _FP16 = "use --bf16 True"
-_IMAGES = "images are not read, give --video_folder"
+_IMAGES = "give --video_folder, where features of images lie beside those of videos (fastvid extract --images True)"
 _DEVICE = "fastvid computes on CUDA GPUs and CPUs, leave it out"
 _CPU = "leave it out, and hide the GPUs: CUDA_VISIBLE_DEVICES= fastvid train …"
 _NO_SUCH = "fastvid has nothing like it, leave it out"
@@ -243,7 +243,7 @@ SYNONYMS = {
         "checkpoint_dir": "checkpoint output_dir",
         "resume_training": "resume",
         "workers num_workers n_workers dataloader_workers": "dataloader_num_workers decode_workers",
-        "precision torch_dtype dtype mixed_precision amp half use_bf16 bfloat16": "bf16 dtype",
+        "precision torch_dtype dtype mixed_precision amp half fp16 float16 bf16 use_bf16 bfloat16": "bf16 dtype",
         "quantization quantize quant": "frozen_dtype",
         "attention attn attn_impl attention_implementation flash_attn use_flash_attn use_flash_attention "
         "use_flash_attention_2": "attn_implementation",

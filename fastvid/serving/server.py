@@ -39,6 +39,10 @@ def bind(config: ServeConfig) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
             opened.pop_all()
+    except socket.gaierror as error:
+        raise ValueError(
+            f"--host {config.host} is no address of this machine ({error.strerror}): give 127.0.0.1, or 0.0.0.0 for all"
+        ) from error
     except OSError as error:
         raise ValueError(
             f"--host {config.host} --port {config.port} cannot be used ({error.strerror}): give another port, or end "

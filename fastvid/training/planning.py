@@ -106,6 +106,8 @@ def _remarks(config, world, total_steps):
         yield f"--shard {config.shard}: there is one process, which holds the whole model"
     if config.reduce_dtype != "float32" and not world.distributed:
         yield f"--reduce_dtype {config.reduce_dtype}: there is one process, which sends no gradients"
+    if config.learning_rate == 0 and not config.mm_projector_lr:
+        yield "--learning_rate 0: no step changes a weight"
     steps = warmup_steps(config, total_steps)
     if steps > total_steps and config.lr_scheduler_type != "constant":
         yield (

@@ -18,7 +18,15 @@ from fastvid.features.names import medium, namesake
 from fastvid.files import shown
 from fastvid.online.folder import OnlineFeatures, training_features
 from fastvid.online.start import frames_to_make, pooling_to_make, tower_to_make
-from fastvid.provenance import Provenance, decoders_of, in_fp8, is_of_an_image, same_tower, what_pooling_means
+from fastvid.provenance import (
+    Provenance,
+    decoders_of,
+    in_fp8,
+    is_of_an_image,
+    same_tower,
+    what_frames_mean,
+    what_pooling_means,
+)
 from fastvid.validation.report import Report
 from fastvid.validation.sources import Sources
 
@@ -216,8 +224,12 @@ def _check_makers(report, config, makers, which):
             "(fastvid extract --overwrite True), or leave --parity reference out",
             unlike,
         )
-    told = what_pooling_means(config.pooling, [made.pooling for made in makers.values()])
-    report.unlike_pooling += [] if told is None else [told]
+    frames = [made.num_frames for made in makers.values() if made.pooling != OF_AN_IMAGE]
+    told = [
+        what_pooling_means(config.pooling, [made.pooling for made in makers.values()]),
+        what_frames_mean(config.num_frames, frames),
+    ]
+    report.unlike_pooling += [line for line in told if line is not None]
     if wanted is not None and os.path.isdir(wanted):
         from fastvid.video.towers.choice import revisions
 

@@ -39,7 +39,8 @@ class Report:
         makers: feature files by (tower, its revision, frames per video, pooling), as far as their headers tell.
         decoders: feature files by (decoder, conversion), likewise.
         in_fp8: feature files by whether their tower multiplied in FP8, likewise.
-        unlike_pooling: that feature files are of another pooling than the one that is given, in words; of each folder.
+        unlike_pooling: that feature files are of another pooling, or other frames, than is given, in words; of each
+            folder.
         damaged: feature files of videos that were taken although they are damaged.
         formats: feature files by ending.
         not_compared: feature files that were not compared with their video, where videos were looked at: it is not

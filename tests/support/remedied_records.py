@@ -104,6 +104,11 @@ RECORDS = [
         GOOD,
     ),
     (
+        {**GOOD, "conversations": [[turn["value"] for turn in TURNS]]},
+        'turn 0 is a list, not an object; write "conversations": [{"from": "human", "value": question}',
+        GOOD,
+    ),
+    (
         {**GOOD, "conversations": [{"from": "human", "text": TURNS[0]["value"]}, TURNS[1]]},
         'turn 0 has no text as "value" (it has from, text)',
         GOOD,

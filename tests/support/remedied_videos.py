@@ -187,6 +187,34 @@ FLAGS = [
 ]
 CONVERTING = [
     (
+        "sed -i 's/what/<video> what/' in.json",
+        "convert",
+        "another placeholder in their own text: training refuses them; take it out of the text",
+        "sed -i 's/<video> //' in.json",
+        "convert",
+    ),
+    (
+        "",
+        "convert --output_json_file out.parquet",
+        "would hold JSON; give a name that ends in .json or .jsonl",
+        "",
+        "convert --output_json_file out.jsonl",
+    ),
+    (
+        "",
+        "convert --output_json_file -",
+        "give /dev/stdout to write there, or ./- for a file of that name",
+        "",
+        "convert --output_json_file ./-",
+    ),
+    (
+        "ln -s elsewhere o",
+        "extract --clip_feat_path o",
+        "o is a link that leads nowhere; make the folder that it leads to, or name another",
+        "mkdir elsewhere",
+        "extract --clip_feat_path o",
+    ),
+    (
         "",
         "convert --input_json_file train.json",
         "need no conversion; with --clip_feature_path those are kept",
