@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(EmbedConfig, argv)
     if Path(config.output).suffix in (*SUFFIXES, ".bin", ".npz", ".pth") and not Path(config.output).is_dir():
         raise ValueError(
-            f"--output {shown(config.output)} is to be a folder: of each video it gets a .safetensors file"
+            f"--output {shown(config.output)} is to be a folder, which gets a .safetensors file for each video"
         )
     media, links = media_of(config.video, config.output, follow_links=config.follow_links)
     make_current(open_device(config.device))

@@ -85,6 +85,8 @@ def start(seconds: int = 1200) -> World:
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not distributed:
         _check_alone()
+    else:
+        _check_numbers()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         use_expandable_segments()
@@ -120,6 +122,18 @@ _LAUNCHERS = (
     ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("mpirun", "PMI_RANK", "PMI_SIZE"),
 )
+
+
+def _check_numbers():
+    """Refuse variables that are no numbers of a rank, as of a script that sets them by hand."""
+    size = os.environ["WORLD_SIZE"]
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"WORLD_SIZE is {size!r}, not the number of processes; start them with torchrun")
+    rank, local_rank = os.environ["RANK"], os.environ.get("LOCAL_RANK", "0")
+    if not rank.isdecimal() or int(rank) >= int(size):
+        raise ValueError(f"RANK is {rank!r}, not one of 0 to {int(size) - 1}; start the processes with torchrun")
+    if not local_rank.isdecimal():
+        raise ValueError(f"LOCAL_RANK is {local_rank!r}, which is no number; start the processes with torchrun")
 
 
 def _check_alone():

@@ -33,7 +33,7 @@ class FeatureFolder:
     """Finds the feature file that a record's `video` means, and never one outside the folder.
 
     A record's value is only looked up in listings of what is there, and never handed to the file system. Each
-    (sub-)folder is listed once, when it is first asked for, or when something is missing: files that appear later are not
+    (sub-)folder is listed once, when it is first asked for or a name is not found: files that appear later are not
     seen.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from fastvid.files import StrPath, atomic_path
+from fastvid.files import StrPath, atomic_path, shown
 
 INK, QUIET, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 LOSS, EVAL, RATE = "#1f6feb", "#d9480f", "#7b8794"
@@ -115,9 +115,11 @@ def _dress(axis, last):
 
 
 def _title(figure, loss, evaluation, name):
-    # A dollar sign would begin mathematics.
-    shown = name and (name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…").replace("$", r"\$")
-    title = f"Training loss of {shown}" if name else "Training loss"
+    title = "Training loss"
+    if name:
+        name = shown(name)  # bytes that are no text cannot be drawn; a dollar sign would begin mathematics
+        name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…"
+        title = f"Training loss of {name}".replace("$", r"\$")
     figure.text(0.1, 0.955, title, fontsize=15, fontweight="bold", color=INK, va="center")
     parts = [
         f"{kind} {points[-1][1]:.4g} at step {points[-1][0]:,}"

@@ -176,6 +176,24 @@ def test_processes_that_know_nothing_of_each_other_are_refused(monkeypatch, vari
         parallel.start()
 
 
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("WORLD_SIZE", "0", "WORLD_SIZE is '0', not the number of processes"),
+        ("WORLD_SIZE", "two", "WORLD_SIZE is 'two'"),
+        ("RANK", "", "RANK is '', not one of 0 to 0"),
+        ("RANK", "1", "RANK is '1', not one of 0 to 0"),
+        ("LOCAL_RANK", "gpu0", "LOCAL_RANK is 'gpu0', which is no number"),
+    ],
+)
+def test_variables_that_are_no_ranks_are_named(monkeypatch, name, value, said):
+    for other in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(other, "1" if other == "WORLD_SIZE" else "0")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{said}.*torchrun"):
+        parallel.start()
+
+
 def test_one_process_of_a_launcher_trains(monkeypatch, caplog):
     for name, value in {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -380,6 +380,8 @@ def test_the_picture_names_its_run_and_cuts_no_label(tmp_path, monkeypatch):
 
     lines = [{"step": step, "loss": 2.0, "learning_rate": 0.00019} for step in (1, 2)]
     path = write_lines(tmp_path / "metrics.jsonl", lines)
+    figure, _ = drawn(monkeypatch, path, "$\\frac$ \udce9")  # no formula; a byte that is no UTF-8
+    assert r"\$\\frac\$ \udce9" in figure.texts[0].get_text()
     figure, _ = drawn(monkeypatch, path, "stage_2 of $x$")
     title = figure.texts[0]
     assert title.get_text().replace("\\", "") == "Training loss of stage_2 of $x$"
