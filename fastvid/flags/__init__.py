@@ -127,7 +127,8 @@ def _filled(config_class: type[Config], argv: list[str]) -> Config:
             try:
                 values[name] = _value(fields[name].type, _our_values(name, times))
                 if name in _PLACES | _ALSO_PATHS:
-                    values[name] = _at_home(values[name])
+                    value = values[name]
+                    values[name] = [*map(_at_home, value)] if isinstance(value, list) else _at_home(value)
                 if name in _PLACES and "" in (values[name] if isinstance(values[name], list) else [values[name]]):
                     raise ValueError("is empty, as of a variable that is not set; give a path, or leave the flag out")
             except ValueError as error:
@@ -204,11 +205,9 @@ def _read_settings(given):
     }
 
 
-def _at_home(value):
-    """A path, or a list of paths, with the home folder for ``~``, which shells leave in ``--flag=~/x`` and in YAML."""
-    if isinstance(value, list):
-        return [_at_home(path) for path in value]
-    return os.path.expanduser(value) if isinstance(value, str) and (value == "~" or value.startswith("~/")) else value
+def _at_home(path):
+    """A path with the home folder for its ``~``, which shells leave in ``--flag=~/x``, and YAML everywhere."""
+    return os.path.expanduser(path) if isinstance(path, str) and (path == "~" or path.startswith("~/")) else path
 
 
 def _our_values(name, times):
