@@ -204,7 +204,7 @@ def _hint(text, error, path, number):
     if Path(path).suffix in (".csv", ".tsv"):
         return "a table is no data file: write each of its rows as a JSON object"
     before, after = text[: error.pos].rstrip(), text[error.pos :].lstrip()
-    if after[:1] in ("'", "N", "T", "F") and after.startswith(("'", "None", "True", "False")):
+    if after.startswith(("'", "None", "True", "False")):
         return "this is Python's notation: write the file with json.dump"
     if after.startswith(("//", "/*", "#")):
         return "JSON has no comments: take them out"
