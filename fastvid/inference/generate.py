@@ -39,8 +39,8 @@ def generate(
         Ids of the answer.
 
     Raises:
-        ValueError: several samples in the batch, a negative temperature, or a prompt and answer that together are
-            longer than the model's context.
+        ValueError: several samples in the batch, a negative temperature, a prompt that fills the model's context, or
+            logits that are not finite.
     """
     if batch.layout.cu_seqlens_q.numel() != 2 or batch.num_rows == 0:
         raise ValueError(f"generate continues one prompt; the batch holds {batch.layout.cu_seqlens_q.numel() - 1}")
@@ -51,7 +51,10 @@ def generate(
     h_1D = model.hidden(batch, cache)[-1:]
     answer = []
     while len(answer) < max_new_tokens:
-        token = next_token(model.logits(h_1D)[0], temperature, generator)
+        logits_V = model.logits(h_1D)[0]
+        if not logits_V.amax().isfinite():
+            raise ValueError(f"there is no next token behind {len(answer)} of the answer: the logits are not finite")
+        token = next_token(logits_V, temperature, generator)
         if int(token) in stops:
             break
         answer.append(int(token))

@@ -85,6 +85,16 @@ def test_stops_at_the_context():
         generate(random_model(model_config(max_position_embeddings=17)), batch, max_new_tokens=5, stops=(-1,))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_tell_no_token(temperature, value, monkeypatch):
+    model = random_model()
+    made = model.logits
+    monkeypatch.setattr(model, "logits", lambda h: made(h).index_fill(-1, torch.tensor(3), value))
+    with pytest.raises(ValueError, match="no next token behind 0 of the answer: the logits are not finite"):
+        generate(model, video_prompt(), max_new_tokens=5, stops=(2,), temperature=temperature)
+
+
 def test_refuses_several_prompts_and_negative_temperature():
     model = random_model()
     with pytest.raises(ValueError, match="one prompt; the batch holds 2"):
