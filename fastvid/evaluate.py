@@ -8,7 +8,8 @@ from typing import Any
 
 from fastvid.config import ChatConfig, EvaluateConfig
 from fastvid.evaluation import grading, judge, predict, scores
-from fastvid.files import atomic_file
+from fastvid.evaluation.tasks import GROUPS, read_samples
+from fastvid.files import atomic_file, read_json_object, shown
 from fastvid.flags import parse
 from fastvid.inference.chat import Chat
 from fastvid.video.dealing import place
@@ -16,6 +17,9 @@ from fastvid.video.encoder import make_current, open_device
 from fastvid.video.features import default_device
 
 _MOST_UNREADABLE = 0.01  # of a judge's replies, with exit code 0
+_SHOWN = 200  # letters of a reply that cannot be read
+_OF_RULES = ("mc", "match")  # tasks that need no judge
+_LONGEST = {"mc": 128, "match": 128}  # tokens of an answer; a letter and a few words want less
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(EvaluateConfig, argv)
     rank, world = place()
     _check(config, world)
+    if config.compare is not None:
+        _check_compare(config)
     complete = True
     if config.model_name_or_path is not None:
         complete = _predict(config, rank, world)
@@ -44,6 +50,9 @@ def _check(config, world):
     missing = [f"--{name}" for name, value in first.items() if value is None]
     if config.model_name_or_path is not None and missing:
         raise ValueError(f"give {' and '.join(missing)}: predictions need all of --{', --'.join(first)}")
+    for name in ("video", "video_2"):
+        if config.model_name_or_path is not None and (given := getattr(config, name)) and not Path(given).exists():
+            raise ValueError(f"--{name} {shown(given)} does not exist; give the folder of the benchmark's videos")
     if (config.judge is None) != (config.judge_model is None):
         raise ValueError("give --judge and --judge_model together")
     if config.judge is not None:
@@ -52,13 +61,32 @@ def _check(config, world):
         raise ValueError("--judge needs one process: predict with all ranks first, then judge without torchrun")
 
 
+def _check_compare(config):
+    """Refuse a comparison that cannot be made, before anything is asked.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if config.model_name_or_path is None:
+        about = predict.read_settings(config.output)
+    else:
+        samples, files = read_samples(config.task, config.annotations)
+        about = {"task": config.task, "annotations": predict.annotations_digest(files), "samples": len(samples)}
+    known = {name: about[name] for name in ("task", "annotations", "samples") if name in about}
+    if config.judge is not None and about["task"] not in _OF_RULES:
+        known |= {"judge": config.judge_model, "prompts": grading.prompts_digest()}
+    elif about["task"] not in _OF_RULES:
+        scores.read_scores(config.output)
+    scores.check_comparable(known, config.output, config.compare)
+
+
 def _predict(config, rank, world):
     """First stage; returns whether this rank's share is answered."""
     names = ChatConfig.__dataclass_fields__.keys() & EvaluateConfig.__dataclass_fields__.keys()
     settings: dict[str, Any] = {name: getattr(config, name) for name in names}
     settings["device"] = config.device or default_device()
+    settings["max_new_tokens"] = config.max_new_tokens or _LONGEST.get(config.task, ChatConfig.max_new_tokens)
     make_current(open_device(settings["device"]))
-    Path(config.output).mkdir(parents=True, exist_ok=True)
     chat = Chat(ChatConfig(**settings))
     try:
         return predict.predict(chat, config, rank, world)
@@ -89,10 +117,16 @@ def _score(config):
     missing = settings["samples"] - len(lines)
     if missing:
         print(f"{missing:,} of {settings['samples']:,} samples have no prediction")
-    judged = settings["task"] not in ("mc", "match")
+    alone = sum(line["kind"] == "generic" and not line["group"] for line in lines)
+    if settings["task"] == "vcg_diverse" and alone:
+        print(f"{alone:,} samples count in no group: their type is none of {', '.join((*GROUPS, 'temporal'))}")
+    judged = settings["task"] not in _OF_RULES
+    there = read_json_object(Path(config.output) / scores.SCORES)
     if not lines or (judged and config.judge is None):
         if config.compare is not None:
             print(scores.compare(config.output, config.compare))
+        elif lines and there.get("answered") == len(lines):
+            _show(there)
         elif lines:
             print(f"{len(lines):,} predictions are in {config.output}; --judge and --judge_model have them judged")
         return not missing
@@ -107,13 +141,24 @@ def _score(config):
     if not figures:
         print("nothing that was judged can be read: there are no scores")
         return False
-    result = scores.write_scores(config.output, settings, figures, more)
-    print(scores.table(result))
-    for name, value in result.get("upstream", {}).items():
-        print(f"by upstream's arithmetic: {name} {json.dumps(value)}")
+    if there.get("judge") not in (None, more.get("judge")):
+        print(
+            f"these scores take the place of those by the judge {shown(there['judge'])}, whose replies stay: named "
+            "again, it is not asked again"
+        )
+    _show(scores.write_scores(config.output, settings, figures, more))
     if config.compare is not None:
         print(f"\n{scores.compare(config.output, config.compare)}")
     return good and not missing
+
+
+def _show(result):
+    """Print scores, and whose they are."""
+    if "judge" in result:
+        print(f"scores by the judge {shown(result['judge'])} at {' and '.join(scores.addresses(result['judge_url']))}")
+    print(scores.table(result))
+    for name, value in result.get("upstream", {}).items():
+        print(f"by upstream's arithmetic: {name} {json.dumps(value)}")
 
 
 def _judged(config, lines):
@@ -133,7 +178,10 @@ def _judged(config, lines):
     figures, unreadable, unanswered = scores.judged_values(lines, asked, judgements)
     if unanswered.total():
         reason = next(iter(silent.values()), "another run stopped")
-        print(f"{unanswered.total():,} of {len(asked):,} are not judged; the next run asks again. The first: {reason}")
+        print(
+            f"{unanswered.total():,} of {len(asked):,} are not judged; the next run asks again. The first at "
+            f"{who.address}: {reason}"
+        )
     replies = len(asked) - unanswered.total()
     too_many = unreadable.total() > _MOST_UNREADABLE * replies
     if unreadable.total():
@@ -142,14 +190,25 @@ def _judged(config, lines):
             + ": too many, take another judge" * too_many
         )
     known = scores.replies_by_key(judgements)
+    replied = [known[ask.key] for ask in asked if ask.key in known]
+    if unreadable.total():
+        one = next(each for each in replied if "score" not in each)
+        text = one["reply"][:_SHOWN] + "…" * (len(one["reply"]) > _SHOWN)
+        print(f"one of them: {one['fault']}: {text!r}; all are in {Path(config.output) / judge.JUDGEMENTS}.jsonl")
     if cut := sum("cut" in known.get(ask.key, ()) for ask in asked):
         print(
             f"{cut:,} of these replies were cut off: raise --judge_max_tokens {config.judge_max_tokens}, and they are "
             "asked for again"
         )
+    urls = sorted({each.get("url", who.address) for each in replied}) or [who.address]
+    if len(urls) > 1:
+        print(
+            f"WARNING: the replies of {shown(config.judge_model)} come from {' and '.join(urls)}, and count as one "
+            "judge's: by the name alone judges are told apart"
+        )
     told = {
         "judge": config.judge_model,
-        "judge_url": config.judge,
+        "judge_url": urls[0] if len(urls) == 1 else urls,
         "judge_temperature": 0,
         "prompts": grading.prompts_digest(),
         "unreadable": dict(unreadable),

@@ -12,6 +12,7 @@ from forks import FORKS
 from waiting import wait_until
 
 from fastvid.evaluate import main
+from fastvid.evaluation import scores
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,9 @@ def test_no_rank_ends_the_others(run, tmp_path, monkeypatch, capsys):
 def test_unreadable_replies_are_told(predicted, tmp_path, capsys):
     with fake_judge(lambda n, body: "well" if n == 3 else score_of(n, body)) as judge:
         assert main(judging(copy(predicted, tmp_path), judge.url)) == 1
-    assert "1 of 14 replies cannot be read and count in no score: too many" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 14 replies cannot be read and count in no score: too many" in out
+    assert f"one of them: it holds no JSON object: 'well'; all are in {tmp_path}/judgements.jsonl\n" in out
     told = json.loads((tmp_path / "scores.json").read_text())
     assert sum(told["unreadable"].values()) == 1 and sum(each["n"] for each in told["scores"].values()) == 13
 
@@ -150,10 +153,72 @@ def test_comparison(predicted, tmp_path, capsys):
             more = ["--compare", str(there)] if folder == here else []
             assert main(judging(copy(predicted, folder), judge.url, *more)) == 0
     assert "+1.0000   [+1.0000, +1.0000]   4" in capsys.readouterr().out
+    with fake_judge(score_of) as judge:  # what cannot be compared is refused before anything is asked
+        with pytest.raises(ValueError, match="judge: other and m.; judge both folders' predictions by one judge"):
+            main([*judging(copy(predicted, fresh), judge.url), "--judge_model", "other", "--compare", str(here)])
+        assert judge.bodies == []
     assert main(["--output", str(there), "--compare", str(here)]) == 0  # both are judged
     assert "-1.0000   [-1.0000, -1.0000]   4" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds no scores"):
-        main(["--output", str(copy(predicted, fresh)), "--compare", str(here)])
+        main(["--output", str(fresh), "--compare", str(here)])
+
+
+def test_other_questions_are_refused_before_a_model_is_loaded(run, predicted, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastvid.evaluate.Chat", None)
+    scores.write_scores(copy(predicted, tmp_path), {"task": "vcg", "annotations": "x", "samples": 6}, {}, {})
+    with pytest.raises(ValueError, match="task: mc and vcg.*; give --compare a folder with predictions for the same"):
+        main(flags({**settings(run, tmp_path / "new", "mc"), "compare": tmp_path}))
+
+
+def test_a_folder_that_is_judged_shows_its_scores(predicted, tmp_path, capsys):
+    """Of the judge whose they are; another one's take their place, and the first one's come back without a request."""
+    output = str(copy(predicted, tmp_path))
+    with fake_judge(score_of) as judge, fake_judge(score_of) as other:
+        assert main(judging(output, judge.url)) == 0
+        shown = capsys.readouterr().out
+        assert f"scores by the judge m at {judge.url}\n" in shown and "take the place" not in shown
+        assert main(["--output", output]) == 0
+        assert capsys.readouterr().out == shown
+        assert main([*judging(output, other.url), "--judge_model", "n"]) == 0
+        shown = capsys.readouterr().out
+        assert "take the place of those by the judge m, whose replies stay" in shown
+        assert f"scores by the judge n at {other.url}\n" in shown
+        asked = len(other.bodies)
+        assert main(judging(output, other.url)) == 0  # all replies are there, and are of the first address
+        assert f"scores by the judge m at {judge.url}\n" in capsys.readouterr().out and len(other.bodies) == asked
+        path = tmp_path / "judgements.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+        assert main(judging(output, other.url)) == 0
+        assert f"WARNING: the replies of m come from {' and '.join(sorted([judge.url, other.url]))}" in (
+            capsys.readouterr().out
+        )
+    assert len(json.loads((tmp_path / "scores.json").read_text())["judge_url"]) == 2
+
+
+def test_samples_of_no_group_are_counted(tmp_path, capsys):
+    line = {"video": "v", "kind": "generic", "question": "q", "answer": "a", "prediction": "p"}
+    groups = {"1": "spatial", "2": "", "3": ""}
+    lines = [json.dumps({**line, "id": name, "group": group}) for name, group in groups.items()]
+    (tmp_path / "predictions.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "settings.json").write_text(json.dumps({"task": "vcg_diverse", "samples": 3}))
+    assert main(["--output", str(tmp_path)]) == 0
+    told = "2 samples count in no group: their type is none of summary, spatial, reasoning, temporal\n"
+    assert told in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task, longest", [("vcg", 1024), ("mc", 128), ("match", 128)])
+def test_a_command_that_cannot_begin_leaves_no_folder(run, tmp_path, monkeypatch, task, longest):
+    def chat(config):
+        assert config.max_new_tokens == longest
+        raise ValueError("no model")
+
+    monkeypatch.setattr("fastvid.evaluate.Chat", chat)
+    asked = {name: value for name, value in settings(run, tmp_path / "new", task).items() if name != "max_new_tokens"}
+    with pytest.raises(ValueError, match="no model"):
+        main(flags(asked))
+    with pytest.raises(ValueError, match="--video .*nowhere does not exist; give the folder"):
+        main(flags({**asked, "video": tmp_path / "nowhere"}))
+    assert not (tmp_path / "new").exists()
 
 
 def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):

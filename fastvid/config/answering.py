@@ -122,6 +122,7 @@ class EvaluateConfig(Checked):
     annotations: str | None = flag(None, "The benchmark's own file, or the folder of its files.")
     video: str | None = flag(None, "Folder of its videos, or of their feature files.")
     video_2: str | None = flag(None, "Folder of a second vision tower's feature files: as for chat.")
+    follow_links: bool = flag(False, "Follow links in --video that lead out of it.")
     compare: str | None = flag(None, "Another --output whose scores are set against these.")
     parity: Literal["reference"] | None = flag(
         None, "reference: also write and score the judge's replies as upstream's scripts do."
@@ -141,7 +142,11 @@ class EvaluateConfig(Checked):
         None, "Start and end tokens around a video. Default: as the tokenizer or the projector file says."
     )
     temperature: float = flag(0.0, "0 is greedy. The reference samples at 0.2.", at_least=0, at_most=1000)
-    max_new_tokens: int = flag(1024, "Longest answer.", at_least=1)
+    max_new_tokens: int | None = flag(
+        None,
+        "Longest answer. Default: 1024 tokens; of mc and match 128, as --eval_max_new_tokens of train.",
+        at_least=1,
+    )
     num_frames: int | None = flag(None, "Frames per video: as for chat.", at_least=1, at_most=100_000)
     pooling: str | None = flag(None, "What a video's rows are: as for chat.", check=check_spec)
     bf16: bool = flag(False, "Compute in bf16.")

@@ -7,12 +7,14 @@ asked again by the next run.
 """
 
 import json
+import logging
 import os
 import re
 import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -21,6 +23,8 @@ from fastvid.evaluation.grading import Ask, is_one_object, read_reply
 from fastvid.evaluation.lines import Lines, read_lines
 from fastvid.files import StrPath, shown
 from fastvid.inference.deadlines import at, bounded
+
+log = logging.getLogger("fastvid")
 
 JUDGEMENTS = "judgements"
 BACKOFF = 1.0  # seconds before the second of several retries, twice as many before each later one
@@ -59,6 +63,9 @@ class Judge:
         timeout: seconds for one reply.
         retries: of a request that fails in a way that may pass (no connection, 429, 500 and the like).
         max_tokens: longest reply.
+
+    Attributes:
+        address: the URL, as it was given.
     """
 
     def __init__(
@@ -74,12 +81,8 @@ class Judge:
         import urllib3
         from urllib3.util import parse_url
 
-        self._url, self.model, self._timeout, self._retries = (
-            url.rstrip("/") + "/chat/completions",
-            model,
-            timeout,
-            retries,
-        )
+        self.address, self.model, self._timeout, self._retries = url.rstrip("/"), model, timeout, retries
+        self._url = self.address + "/chat/completions"
         self.max_tokens = max_tokens
         self._key, self._headers = key, {"Content-Type": "application/json"}
         if key:
@@ -92,6 +95,7 @@ class Judge:
         self._path = parse_url(self._url).request_uri
         self._as_json = True  # ask for JSON, until the server refuses that
         self._stopped = threading.Event()
+        self._told: set[int] = set()  # numbers of the retries of which the first was told
 
     def stop(self) -> None:
         """Try nothing again: requests that are under way end with their next answer or failure, or in their pause."""
@@ -141,13 +145,22 @@ class Judge:
             except _MayPass as error:
                 if last:
                     raise NoAnswer(str(error)) from error
+                why = str(error)
             else:
                 if status not in _AGAIN or last:
                     return status, answer
-                pause = max(pause, min(_LONGEST_PAUSE, told))
+                pause, why = max(pause, min(_LONGEST_PAUSE, told)), f"status {status}"
+            tried += 1
+            self._tell(tried, why)
             if self._stopped.wait(pause):
                 raise NoAnswer("the run ends")
-            tried += 1
+
+    def _tell(self, tried, why):
+        """A line for the first of all requests that are repeated for the first time, for the second time and so on: a
+        judge that hangs would otherwise keep a run silent for minutes."""
+        if tried not in self._told and not self._stopped.is_set():
+            self._told.add(tried)
+            log.warning("the judge at %s: %s; retry %d of %d", self.address, why, tried, self._retries)
 
     def _once(self, content):
         """(status, body, seconds after which the server wants to be asked again)."""
@@ -165,14 +178,29 @@ class Judge:
                         break
             if len(answer) > _MOST_BYTES or time.monotonic() > end:
                 response.close()
-                raise NoAnswer(f"its answer does not end within {self._timeout:g} s or {_MOST_BYTES:,} bytes")
+                raise NoAnswer(
+                    f"its answer does not end within {self._timeout:g} s (--judge_timeout) or {_MOST_BYTES:,} bytes"
+                )
             response.release_conn()
         except urllib3.exceptions.HTTPError as error:
-            raise _MayPass(str(error)) from error
+            raise _MayPass(self._why(error)) from error
         if self._key and len(self._key) >= _SECRET:
             answer = answer.replace(self._key.encode(), b"***")  # what it says is kept and shown
         told = response.headers.get("Retry-After", "")
         return response.status, answer, int(told) if told.isdecimal() and len(told) < 9 else 0
+
+    def _why(self, error):
+        """A failure of urllib3's in words, without the names of its classes."""
+        from urllib3 import exceptions
+
+        cause = error.__cause__ or error
+        reason = getattr(cause, "strerror", None) or str(cause)
+        if isinstance(error, exceptions.NewConnectionError):
+            return f"no connection: {reason}"
+        if isinstance(error, exceptions.ConnectTimeoutError):
+            return "no connection in time"
+        late = isinstance(error, exceptions.TimeoutError)
+        return f"no reply within {self._timeout:g} s (--judge_timeout)" if late else reason
 
 
 class _MayPass(Exception):
@@ -193,14 +221,14 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
     from tqdm import tqdm
 
     unanswered, silences = {}, 0
-    with (
-        Lines(Path(output) / f"{JUDGEMENTS}.jsonl") as lines,
-        tqdm(desc="judge", unit=" replies", mininterval=1) as progress,
-    ):
+    with ExitStack() as held:
+        lines = held.enter_context(Lines(Path(output) / f"{JUDGEMENTS}.jsonl"))
         lines_there = read_judgements(output)  # nobody else adds to them now
         known = {line["key"] for line in lines_there if line.get("cut", judge.max_tokens) >= judge.max_tokens}
         todo = list({ask.key: ask for ask in wanted if ask.key not in known}.values())
-        progress.reset(len(todo))
+        if not todo:
+            return {}
+        progress = held.enter_context(tqdm(total=len(todo), desc="judge", unit=" replies", mininterval=1))
         workers, futures = ThreadPoolExecutor(at_once), {}
         try:
             futures |= {workers.submit(judge.reply, ask.messages): ask for ask in todo}
@@ -214,8 +242,8 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
                     silences += not isinstance(error, NotTaken)
                     if silences >= _SILENCES:
                         raise OSError(
-                            f"the judge did not answer {silences} times in a row; the last time: {error}. What it "
-                            "answered before is kept: start the command again once it answers"
+                            f"the judge at {judge.address} did not answer {silences} times in a row; the last time: "
+                            f"{error}. What it answered before is kept: start the command again once it answers"
                         ) from error
                 progress.update()
         finally:
@@ -230,7 +258,14 @@ def judge_all(judge: Judge, wanted: list[Ask], output: StrPath, *, at_once: int)
 def _judgement(ask, judge, reply):
     """The line of a reply. One that was cut off is no score, unless nothing can follow it: what is left out might be
     another."""
-    line = {"key": ask.key, "id": ask.id, "aspect": ask.aspect, "judge": judge.model, "reply": reply.text[:_MOST_KEPT]}
+    line = {
+        "key": ask.key,
+        "id": ask.id,
+        "aspect": ask.aspect,
+        "judge": judge.model,
+        "url": judge.address,
+        "reply": reply.text[:_MOST_KEPT],
+    }
     if reply.cut and not is_one_object(reply.text):
         return line | {"fault": f"it was cut off after {judge.max_tokens} tokens", "cut": judge.max_tokens}
     try:
@@ -252,6 +287,8 @@ def _check_line(line):
     """Refuse what is no line of `_judgement` (ValueError, KeyError)."""
     if not all(isinstance(line[name], str) for name in ("key", "id", "aspect", "reply")):
         raise ValueError("it is no reply's")
+    if not isinstance(line.get("url", ""), str):
+        raise ValueError('its "url" is no text')
     if type(line.get("cut", 1)) is not int:
         raise ValueError('its "cut" is no number')
     if "score" in line:

@@ -36,6 +36,7 @@ log = logging.getLogger("fastvid")
 
 PREDICTIONS, SETTINGS = "predictions", "settings.json"
 _PIECES, _PIECE = 256, 1 << 14  # of a file of weights, by which it is known, and their bytes
+_REASONS = 3  # of samples without an answer that are told
 _WEIGHTS = ("*.safetensors", "*.bin")
 _ADAPTER = ("adapter_model.*", "model-*.safetensors")  # in PEFT's format, or in a checkpoint
 
@@ -68,22 +69,24 @@ def predict(
     assert config.task is not None and config.annotations is not None and config.video is not None, "flags are checked"
     output = Path(config.output)
     samples, files = read_samples(config.task, config.annotations)
+    suffixes, links = (SUFFIXES, None) if training else (MEDIA_SUFFIXES, config.follow_links)
+    videos = Videos(config.video, (sample.video for sample in samples), suffixes, follow_links=links)
     if about is None:
         assert isinstance(chat, Chat), "whose weights are files"
         about = fingerprints(chat)
+    output.mkdir(parents=True, exist_ok=True)  # not before: of a command that cannot begin nothing is left
     _same_settings(output, _settings(chat, config, files, samples, about))
-    suffixes = SUFFIXES if training else MEDIA_SUFFIXES
-    videos, done = Videos(config.video, (sample.video for sample in samples), suffixes), answered(output)
+    done = answered(output)
     _check_known(output, done, samples)
-    names = sorted({sample.video for sample in samples})
-    share = set(names[rank::world])
+    share = set(sorted({sample.video for sample in samples})[rank::world])
     todo = [sample for sample in samples if sample.video in share and sample.id not in done]
     file = output / (f"{PREDICTIONS}.jsonl" if world == 1 else f"{PREDICTIONS}.{rank}.jsonl")
     with Lines(file) as lines:
         failed = _answer(chat, config, videos, todo, lines, _Towers(done.values(), training), stopped, training)
     if failed:
-        worst = Counter(failed.values()).most_common(3)
-        log.warning("%d samples have no answer: %s", len(failed), "; ".join(f"{why} ({n})" for why, n in worst))
+        told = [f"{why} ({n})" for why, n in Counter(failed.values()).most_common()]
+        told[_REASONS:] = [f"and {len(told) - _REASONS} more reasons, all in {file}"] * (len(told) > _REASONS)
+        log.warning("no answer to %d of %d samples: %s", len(failed), len(todo), "; ".join(told))
     write_upstream(config.task, samples, output)
     return not failed and not stopped()
 
@@ -226,14 +229,13 @@ def _answer(chat, config, videos, todo, lines, towers, stopped, training):
                     extra[sample.id], rest[sample.id] = (digest, made, values), len(own)
                     yield from own
 
-    terminal = sys.stderr.isatty()
     with tqdm(
         total=len(todo),
         desc="predict",
         unit=" samples",
         file=sys.stderr,
-        mininterval=0.1 if terminal else 30,
-        disable=training,
+        mininterval=0.1 if sys.stderr.isatty() else 30,
+        disable=training or not todo,
     ) as progress:
         for sample in todo:
             try:
@@ -300,7 +302,7 @@ def _settings(chat, config, files, samples, about):
     told = chat.config
     return {
         "task": config.task,
-        "annotations": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16],
+        "annotations": annotations_digest(files),
         "samples": len(samples),
         "videos": len({sample.video for sample in samples}),
         **about,
@@ -311,6 +313,11 @@ def _settings(chat, config, files, samples, about):
         **({} if told.pooling in (None, RECIPE) else {"pooling": told.pooling}),
         "use_start_end": chat.tokenizer.tokens.start is not None,
     }
+
+
+def annotations_digest(files: Iterable[Path]) -> str:
+    """What identifies the content of the files that `read_samples` read."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 def _fingerprint(paths):

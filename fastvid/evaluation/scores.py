@@ -9,19 +9,22 @@ import re
 import string
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastvid.evaluation.grading import Ask
+from fastvid.evaluation.lines import read_lines
 from fastvid.evaluation.options import LETTERS
 from fastvid.files import StrPath, atomic_file, read_json_object, shown
+from fastvid.provenance import same_tower
 
 SCORES, VALUES = "scores.json", "values.json"
 _RESAMPLES = 2000
 _MOST_DRAWN = 1 << 20  # numbers of resamples that lie in memory together
-_SAME = ("task", "annotations", "samples", "judge", "prompts")  # what two sets of scores must have in common
+# What two sets of scores must have in common.
+_OF_QUESTIONS, _OF_JUDGE = ("task", "annotations", "samples"), ("judge", "prompts")
 # How answers name a letter, the plainest first: "(B)"; "B", "B." or "B: …"; "the answer is B".
 _LETTERED = (
     re.compile(r"\(([A-Z])\)"),
@@ -268,19 +271,40 @@ def _shown(low, high, sign=""):
     return "one video: none " if low is None else f"[{low:{sign}.4f}, {high:{sign}.4f}]"
 
 
+def check_comparable(about: Mapping, output: StrPath, other: StrPath) -> None:
+    """Refuse to compare scores of other questions, another judge or other prompts; nothing need be scored here yet.
+
+    Args:
+        about: of the scores of `output`; what it lacks is not known yet.
+        other: folder, which has scores.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    there = read_scores(other)
+    for names, remedy in (
+        (_OF_QUESTIONS, "give --compare a folder with predictions for the same annotations"),
+        (_OF_JUDGE, "judge both folders' predictions by one judge, with one version of fastvid"),
+    ):
+        differing = [
+            f"{name}: {shown(about[name])} and {shown(there.get(name))}"
+            for name in names
+            if name in about and about[name] != there.get(name)
+        ]
+        if differing:
+            raise ValueError(
+                f"scores of {shown(output)} and {shown(other)} cannot be compared ({'; '.join(differing)}); {remedy}"
+            )
+
+
 def compare(output: StrPath, other: StrPath) -> str:
     """How much the scores of one folder are above those of another, for a terminal; of the samples that both have.
 
     Raises:
         ValueError: scores that cannot be compared: of other questions, another judge or other prompts.
     """
-    one, two = (_read(folder, SCORES) for folder in (output, other))
-    differing = [f"{name}: {one.get(name)} and {two.get(name)}" for name in _SAME if one.get(name) != two.get(name)]
-    if differing:
-        raise ValueError(
-            f"scores of {shown(output)} and {shown(other)} cannot be compared ({'; '.join(differing)}); judge both "
-            "folders' predictions by one judge, with one version of fastvid"
-        )
+    one, two = (read_scores(folder) for folder in (output, other))
+    check_comparable({name: one.get(name) for name in _OF_QUESTIONS + _OF_JUDGE}, output, other)
     rows = [f"{'score':<32} {'here':>8} {'there':>8} {'more':>8}   95 % interval      samples"]
     values, others = (_read(folder, VALUES) for folder in (output, other))
     for name in sorted(values.keys() & others.keys()):
@@ -290,9 +314,47 @@ def compare(output: StrPath, other: StrPath) -> str:
             more, low, high = interval([a - b for a, b in zip(here, there)], [values[name][each][1] for each in ids])
             means = f"{sum(here) / len(ids):8.4f} {sum(there) / len(ids):8.4f} {more:+8.4f}"
             rows.append(f"{name:<32} {means}   {_shown(low, high, '+')}   {len(ids):,}")
-    if (towers := [of.get("tower") for of in (one, two)])[0] != towers[1]:
-        rows.append(f"the models see by other vision towers: {towers[0] or 'not known'} and {towers[1] or 'not known'}")
+    towers = [_towers(of, folder) for of, folder in ((one, output), (two, other))]
+    if _other_towers(*towers, whole=bool(one.get("tower") and two.get("tower"))):
+        rows.append(f"the models see by other vision towers: {towers[0]} and {towers[1]}")
+    elif bool(towers[0]) != bool(towers[1]):
+        rows.append(f"the vision tower is known of one side alone: {towers[0] or towers[1]}")
+    urls = [addresses(of.get("judge_url")) for of in (one, two)]
+    if all(urls) and urls[0] != urls[1]:
+        rows.append(
+            f"WARNING: {one['judge']} was asked at {' and '.join(urls[0])} here, and at {' and '.join(urls[1])} there. "
+            "If those are two models of one name, these differences are the judges' as well: the name alone tells "
+            "judges apart"
+        )
     return "\n".join(rows)
+
+
+def addresses(told: str | list[str] | None) -> list[str]:
+    """Those of a judge, as scores tell them: one, or several in a list."""
+    return [told] if isinstance(told, str) else list(told or ())
+
+
+def _towers(scores, folder):
+    """The vision towers that a folder's predictions are of: as the weights tell, or else the features; [] unknown."""
+    told = scores.get("tower")
+    if told is None:
+        told = next((line["tower"] for line in read_lines(folder, "predictions") if line.get("tower")), None)
+    return [told] if isinstance(told, str) else list(told or ())
+
+
+def _other_towers(here, there, *, whole):
+    """Whether two lists of vision towers are known to differ; `whole`: of neither the second one is left out."""
+    pairs = [pair for pair in zip(here, there) if all(pair)]
+    return any(same_tower(one, [two]) is False for one, two in pairs) or (whole and len(here) != len(there))
+
+
+def read_scores(folder: StrPath) -> dict:
+    """What a folder's scores.json holds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return _read(folder, SCORES)
 
 
 def _read(folder, name):

@@ -13,6 +13,7 @@ from fastvid.data.records import place, read_records, read_text
 from fastvid.evaluation.options import LETTERS, right_option, without_labels
 from fastvid.files import StrPath, shown
 
+GROUPS = ("summary", "spatial", "reasoning")  # types of VCGBench-Diverse that have a score of their own
 _VIDEO = ("video", "videoID", "video_name", "video_id", "video_path")
 
 
@@ -196,7 +197,7 @@ def _diverse(files):
                 tuple(_text(record, key, where) for key in (("Q1", "Q2") if paired else ("Q",))),
                 _text(record, "A", where),
                 "consistency" if paired else "temporal" if kind == "temporal" else "generic",
-                kind if kind in ("summary", "spatial", "reasoning") else "",
+                kind if kind in GROUPS else "",
                 record=record,
             )
         )

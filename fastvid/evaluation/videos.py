@@ -97,10 +97,18 @@ class Videos:
         folder: with videos or feature files below it, or folders of frames, as MVBench has some of its videos.
         asked: names of all videos of the benchmark: two of them are never one file.
         suffixes: endings of what counts, in the order in which one of several files is taken.
+        follow_links: whether links that lead out of the folder count; None: not, and no flag changes that.
     """
 
-    def __init__(self, folder: StrPath, asked: Iterable[str] = (), suffixes: Sequence[str] = MEDIA_SUFFIXES):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: StrPath,
+        asked: Iterable[str] = (),
+        suffixes: Sequence[str] = MEDIA_SUFFIXES,
+        *,
+        follow_links: bool | None = None,
+    ):
+        self.folder, self._links = Path(folder), follow_links
         folders = _frame_folders(folder) if VIDEO_SUFFIXES[0] in suffixes else {}
         try:
             self.files = list_media(folder, suffixes)
@@ -161,8 +169,9 @@ class Videos:
         if found is None:
             raise ValueError(f"{shown(video)} is none of the files of {self.folder}{told}")
         path = self.files[found]
-        if not inside(path, self.folder):
-            raise ValueError(f"{path} is a link that leads out of {self.folder}; refused")
+        if not self._links and not inside(path, self.folder):
+            remedy = "refused" if self._links is None else "--follow_links True follows it"
+            raise ValueError(f"{path} is a link that leads out of {self.folder}; {remedy}")
         if not path.is_dir():
             return path
         below = path.relative_to(self.folder).parent.parts

@@ -17,10 +17,16 @@ def bounded(kind: Any, seconds: float) -> Any:
     class Bounded(kind):
         def getresponse(self):
             end = time.monotonic() + seconds
-            with at(end, lambda: self.sock and self.sock.shutdown(socket.SHUT_RD)):
-                response = super().getresponse()
+            late = f"no answer within {seconds:g} s"
+            try:
+                with at(end, lambda: self.sock and self.sock.shutdown(socket.SHUT_RD)):
+                    response = super().getresponse()
+            except Exception as error:  # of a connection that was shut down, too: as if the server had left
+                if time.monotonic() > end:
+                    raise TimeoutError(late) from error
+                raise
             if time.monotonic() > end:
-                raise TimeoutError(f"no answer within {seconds:g} s")
+                raise TimeoutError(late)
             return response
 
     return Bounded

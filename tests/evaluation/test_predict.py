@@ -168,6 +168,17 @@ def test_nobody_is_answered_with_a_namesakes_frames(run, chat, output):
         (run / "feats" / "p" / "clip1.safetensors").rename(run / "feats" / "clip1.safetensors")
 
 
+def test_links_that_lead_out_are_followed_if_told(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "elsewhere.mp4").touch()
+    (tmp_path / "videos" / "clip.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    sample = Sample("1", "clip", ("q",), "a", "match")
+    for follow, remedy in ((None, "refused"), (False, "--follow_links True follows it")):
+        with pytest.raises(ValueError, match=f"is a link that leads out of .*; {remedy}"):
+            Videos(tmp_path / "videos", follow_links=follow).find(sample)
+    assert Videos(tmp_path / "videos", follow_links=True).find(sample).name == "clip.mp4"
+
+
 def test_a_part_is_of_one_video(run):
     sample = Sample("1", "y/sub/star.mp4", ("q",), "a", "match", part=(1, 5))
     assert Videos(run / "feats", [sample.video]).find(sample).name == "star_1_5.safetensors"

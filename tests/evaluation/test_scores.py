@@ -285,6 +285,62 @@ def test_comparison_is_paired_and_refuses_another_judge(tmp_path):
     assert "one video: none" in scores.compare(*folders[:2])
 
 
+def test_other_questions_want_another_folder(tmp_path):
+    for name, digest in (("one", "x"), ("two", "z"), ("three", "x")):
+        about = {"task": "mc", "annotations": digest, "samples": 2}
+        (tmp_path / name).mkdir()
+        scores.write_scores(tmp_path / name, about, {"letter": {"0": (1.0, "v")}}, {})
+    with pytest.raises(
+        ValueError, match="annotations: x and z.; give --compare a folder with predictions for the same"
+    ):
+        scores.compare(tmp_path / "one", tmp_path / "two")
+    scores.compare(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.parametrize(
+    "here, there, told",
+    [
+        ({"tower": ["sha256:a"]}, {"line": "sha256:a"}, None),
+        ({"tower": ["sha256:a", "sha256:b"]}, {"line": "sha256:a"}, None),
+        ({"tower": ["sha256:a"]}, {"line": "sha256:b"}, "by other vision towers"),
+        ({"tower": ["sha256:a"]}, {"tower": ["sha256:a", "sha256:b"]}, "by other vision towers"),
+        ({"tower": ["sha256:a"]}, {"tower": ["0123abc"]}, None),  # a hub's commit: nothing tells
+        ({"tower": [None, "sha256:a"]}, {"tower": ["sha256:a", "sha256:a"]}, None),
+        ({"tower": ["sha256:a"]}, {}, "known of one side alone: ['sha256:a']"),
+        ({}, {}, None),
+    ],
+)
+def test_vision_towers_are_told_where_they_differ(tmp_path, here, there, told):
+    """Training's folders have them in the predictions' lines alone."""
+    for name, has in (("here", here), ("there", there)):
+        folder = tmp_path / name
+        folder.mkdir()
+        line = {"id": "0", "tower": has["line"]} if "line" in has else {"id": "0"}
+        (folder / "predictions.jsonl").write_text(json.dumps(line) + "\n")
+        about = {"task": "match"} | {key: value for key, value in has.items() if key == "tower"}
+        scores.write_scores(folder, about, {"exact": {"0": (1.0, "v")}}, {})
+    rows = scores.compare(tmp_path / "here", tmp_path / "there").splitlines()[2:]
+    assert rows == [] if told is None else (len(rows) == 1 and told in rows[0])
+
+
+@pytest.mark.parametrize(
+    "here, there, warned",
+    [
+        ("http://a/v1", "http://a/v1", False),
+        ("http://a/v1", "http://b/v1", True),
+        (["http://a/v1", "http://b/v1"], "http://b/v1", True),
+        ("http://a/v1", None, False),
+    ],
+)
+def test_one_name_at_two_addresses_is_told(tmp_path, here, there, warned):
+    for name, url in (("here", here), ("there", there)):
+        (tmp_path / name).mkdir()
+        about = {"task": "vcg", "judge": "m", "prompts": "y"} | ({} if url is None else {"judge_url": url})
+        scores.write_scores(tmp_path / name, about, {"detail": {"0": (1.0, "v")}}, {})
+    told = scores.compare(tmp_path / "here", tmp_path / "there")
+    assert ("WARNING: m was asked at http://a/v1" in told and "http://b/v1 there" in told) == warned
+
+
 def test_values_of_one_judge_never_lie_beside_the_name_of_another(tmp_path, monkeypatch):
     """Whenever a run is killed."""
     about = {"task": "vcg", "annotations": "x", "samples": 1, "prompts": "y"}
