@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped = number
 
     def complain(medium, error):
-        tqdm.write(f"fastvid embed: error: {shown(medium.name)}: {error}", file=sys.stderr)
+        told = str(error) if str(medium.path) in str(error) else f"{shown(medium.name)}: {error}"
+        tqdm.write(f"fastvid embed: error: {told}", file=sys.stderr)
 
     try:
         embedder = Embedder(source, overwrite=config.overwrite)

@@ -214,10 +214,10 @@ def test_a_command_that_cannot_begin_leaves_no_folder(run, tmp_path, monkeypatch
 
     monkeypatch.setattr("fastvid.evaluate.Chat", chat)
     asked = {name: value for name, value in settings(run, tmp_path / "new", task).items() if name != "max_new_tokens"}
-    with pytest.raises(ValueError, match="no model"):
-        main(flags(asked))
     with pytest.raises(ValueError, match="--video .*nowhere does not exist; give the folder"):
         main(flags({**asked, "video": tmp_path / "nowhere"}))
+    with pytest.raises(ValueError, match="no model"):
+        main(flags(asked))
     assert not (tmp_path / "new").exists()
 
 

@@ -287,7 +287,7 @@ def _models(service) -> Callable[[Request], Awaitable[Response]]:
         if asked is None:
             return _json({"object": "list", "data": [model]})
         if asked != service.name:
-            raise service.no_model(asked)
+            raise protocol.no_model(asked, service.name)
         return _json(model)
 
     return models

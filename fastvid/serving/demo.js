@@ -5,6 +5,7 @@ let key = sessionStorage.getItem("fastvid-key") || "";
 let clip = null; // the file, and its name on the server
 let turns = []; // of the conversation about it
 let looking = 0; // number of the clip that was chosen last
+let seenNow = ""; // what is told of the clip that is shown
 
 function tell(text) { $("told").textContent = text; }
 
@@ -36,12 +37,10 @@ async function fault(response) {
 async function choose(file) {
   const number = ++looking;
   complain("");
-  $("seen").hidden = $("talk").hidden = true;
-  $("turns").replaceChildren();
-  clip = null;
-  turns = [];
   tell(`Looking at ${file.name} …`);
   try {
+    const most = Number($("drop").dataset.most);
+    if (file.size > most * 2 ** 20) throw new Error(`it has more than ${most} MiB`);
     const response = await call("/demo/look", {
       method: "POST", body: file, headers: { "Content-Type": "application/octet-stream" },
     });
@@ -49,15 +48,18 @@ async function choose(file) {
     if (!response.ok) throw new Error(await fault(response));
     const seen = await response.json();
     if (number !== looking) return;
+    $("turns").replaceChildren(); // not before: of a file that is no clip the last one stays
+    turns = [];
     clip = { file, name: seen.video };
     show(seen);
     const seconds = seen.duration ? `, ${seen.duration.toFixed(1)} s` : "";
-    tell(`${file.name}: ${seen.width} × ${seen.height}${seconds}, ${seen.frames.length} of ${seen.total_frames} frames, ` +
-      `${seen.rows} tokens`);
+    seenNow = `${file.name}: ${seen.width} × ${seen.height}${seconds}, ${seen.frames.length} of ${seen.total_frames} frames, ` +
+      `${seen.rows} tokens`;
+    tell(seenNow);
     $("question").focus();
   } catch (error) {
     if (number !== looking) return;
-    tell("");
+    tell(seenNow);
     complain(`${file.name}: ${error.message}`);
   }
 }

@@ -50,13 +50,16 @@ def routes(
             held.enter_context(service.admitted())
             return JSONResponse(await while_there(request, seen(content), deadline))
 
-    page = [Route(f"/{name}" if name != "demo.html" else "/", _file(name, kind)) for name, kind in _KINDS.items()]
+    page = [
+        Route(f"/{name}" if name != "demo.html" else "/", _file(name, kind, service)) for name, kind in _KINDS.items()
+    ]
     return [*page, Route("/demo/look", look, methods=["POST"])]
 
 
-def _file(name, kind):
+def _file(name, kind, service):
     async def file(_: Request) -> Response:
         content = resources.files("fastvid.serving").joinpath(name).read_bytes()
+        content = content.replace(b"MOST_MIB", b"%d" % service.config.max_body_mib)  # in demo.html
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
         return Response(content, headers=headers, media_type=kind)
 

@@ -26,6 +26,8 @@ from fastvid.video.decode.worker import DecodeWorker
 from fastvid.video.listing import no_video
 from fastvid.video.sampling import frame_indices
 
+_VERBS = ("cannot", "does", "has", "holds", "is", "lasts")  # with which reasons begin that are the rest of a sentence
+
 
 @dataclass(frozen=True)
 class Look:
@@ -258,7 +260,8 @@ def _remove(files: Iterable[MediaFile]):
 def _told(error, file):
     """A file that cannot be decoded, without the path of what was made here."""
     name = "the file" if file.ours else file.path.name
-    return ApiError(400, f"{name} {error.reason}" if error.reason[:3] in ("is ", "has") else f"{name}: {error.reason}")
+    says = error.reason.partition(" ")[0] in _VERBS
+    return ApiError(400, f"{name} {error.reason}" if says else f"{name}: {error.reason}")
 
 
 def _reason(error):

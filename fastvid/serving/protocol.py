@@ -91,16 +91,20 @@ class Asked:
     usage: bool
 
 
-def read(body: bytes, longest_text: int) -> Asked:
+def read(body: bytes, longest_text: int, name: str) -> Asked:
     """The request that a body holds.
 
     Args:
         longest_text: most characters of all messages' texts together.
+        name: of the model that is served.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400; 404 of another model, whatever else is wrong.
     """
     value = _json(body)
+    model = _of_kind(value, "model", str)
+    if model not in (None, name):
+        raise no_model(model, name)
     for name, harmless in _ASIDE.items():
         if value.get(name) not in harmless:
             raise _bad(name, "is not served; leave it out")
@@ -111,7 +115,7 @@ def read(body: bytes, longest_text: int) -> Asked:
         raise _bad("stream_options", "must be an object")
     question, history, media = _conversation(value.get("messages"), longest_text)
     return Asked(
-        model=_of_kind(value, "model", str),
+        model=model,
         question=question,
         history=history,
         media=media,
@@ -120,6 +124,12 @@ def read(body: bytes, longest_text: int) -> Asked:
         stream=bool(_of_kind(value, "stream", bool)),
         usage=bool(_of_kind(options or {}, "include_usage", bool)),
     )
+
+
+def no_model(asked: str, name: str) -> ApiError:
+    """What somebody is told who asks for another model than the one that is served."""
+    told = f"there is no model {asked[:80]!r} here, but {name!r}"
+    return ApiError(404, told, param="model", code="model_not_found")
 
 
 def _json(body):

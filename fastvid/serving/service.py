@@ -176,7 +176,8 @@ class Service:
         if self._in_flight >= self.config.at_once + self.config.max_waiting:
             raise ApiError(
                 429,
-                f"{self._in_flight} requests wait already (--max_waiting); try again later",
+                f"{self._in_flight} requests are in hand: at most {self.config.at_once} are answered at a time "
+                f"(--at_once), and {self.config.max_waiting} wait (--max_waiting); try again later",
                 code="queue_full",
                 retry_after=max(1, math.ceil(self.config.max_waiting / self.config.at_once)),
             )
@@ -232,7 +233,7 @@ class Service:
         opened: dict[str, MediaFile] = {}
         try:
             asked = await asyncio.get_running_loop().run_in_executor(
-                self._parsers, protocol.read, body, self._longest_text
+                self._parsers, protocol.read, body, self._longest_text, self.name
             )
             urls, pictures = self._chosen(asked)
             if not pictures and urls[0].startswith("sha256:"):
@@ -252,17 +253,10 @@ class Service:
 
     def _chosen(self, asked):
         """(the addresses that are to be opened, whether they are of pictures) of a request that may be answered."""
-        if asked.model is not None and asked.model != self.name:
-            raise self.no_model(asked.model)
         urls, pictures = asked.media.urls, asked.media.pictures
         if len(urls) > self.config.max_frames:
             raise ApiError(400, f"{len(urls)} pictures are more than --max_frames {self.config.max_frames}")
         return [urls[i] for i in frame_indices(len(urls), self.num_frames)] if pictures else urls, pictures
-
-    def no_model(self, asked: str) -> ApiError:
-        """What somebody is told who asks for another model."""
-        told = f"there is no model {asked[:80]!r} here, but {self.name!r}"
-        return ApiError(404, told, param="model", code="model_not_found")
 
     async def reply(self, asked: Asked, key: str, files: list[MediaFile]) -> Reply:
         """Let a request wait for its answer; the features of its video are made first. Arguments as `read` gives them.

@@ -69,6 +69,8 @@ def model_card(
     """
     flags = state.get("config", {})
     told = {name: flags[name] for name in _RECIPE if flags.get(name) not in (None, False)}
+    if not flags.get("lora_enable"):  # which have defaults
+        told = {name: value for name, value in told.items() if not name.startswith("lora_")}
     second = trained_on.second
     named = (base, tower, second and second.tower)
     known = [found for each in named if each is not None and (found := _hub_id(each)) is not None]

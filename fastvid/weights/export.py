@@ -174,8 +174,9 @@ def _write_peft(output, folder, base, trained, start, trained_on):
 def _base(folder, given, recorded):
     """The model folder to export over: the given one, else the one that the checkpoint's training started from."""
     if given is None and not Path(recorded).is_dir():
+        relative = "" if Path(recorded).is_absolute() else " (a path from the folder that it was run in)"
         raise ValueError(
-            f"{folder}: training started from {shown(recorded)}, which is not here: give that folder with "
+            f"{folder}: training started from {shown(recorded)}{relative}, which is not here: give that folder with "
             "--model_name_or_path"
         )
     return model_folder(given or recorded)

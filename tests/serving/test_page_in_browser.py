@@ -84,7 +84,8 @@ def test_a_bad_file_is_told(browser, demo, serving_folder, tmp_path):
     page, wrong = opened(browser, demo, 700)
     page.set_input_files("#file", bad)
     page.wait_for_selector("#error:visible")
-    assert page.inner_text("#error").startswith("<b>bad.mp4: the file")
+    assert page.inner_text("#error").startswith("<b>bad.mp4: the file cannot be opened")
+    assert "up to 128 MiB" in page.inner_text("#drop")
     assert page.is_hidden("#seen")
     assert page.is_hidden("#talk")
     page.set_input_files("#file", serving_folder / "videos" / "4.mp4")  # and another one will do
@@ -94,6 +95,15 @@ def test_a_bad_file_is_told(browser, demo, serving_folder, tmp_path):
     page.click("#send")
     page.wait_for_selector("#error:visible")
     assert "<vid_patch>" in page.inner_text("#error")
+    page.set_input_files("#file", bad)  # the clip and what was said about it stay
+    page.locator("#error", has_text="bad.mp4").wait_for()
+    assert page.is_visible("#seen")
+    assert page.is_visible("#talk")
+    assert page.locator(".turn").count() == 1
+    assert page.inner_text("#told").startswith("4.mp4: ")
+    page.evaluate("document.getElementById('drop').dataset.most = '0'")
+    page.set_input_files("#file", bad)  # is not sent
+    page.locator("#error", has_text="it has more than 0 MiB").wait_for()
     assert wrong == []
     page.close()
 

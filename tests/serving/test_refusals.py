@@ -80,7 +80,7 @@ def messages(*texts, roles=("user", "assistant")):
         (asking("data:video/mp4;base64,AA!A"), "is not base64"),
         (asking("data:video/mp4,AAAA"), "must begin as data:video/mp4;base64,"),
         (asking("data:video/mp4;base64"), "must begin as data:video/mp4;base64,"),
-        (asking(VIDEO), "the file: cannot be opened as a video"),
+        (asking(VIDEO), "the file cannot be opened as a video"),
         (asking("data:video/mp4;base64,"), "the file"),
         (asking(["data:image/png;base64,AAAA"]), "the file is no image of a format that is read"),
         (asking("clip.mp4"), "give a data: URI"),
@@ -104,6 +104,8 @@ def test_what_the_model_cannot_be_asked(server, serving_folder):
 
 
 def test_other_statuses(server):
+    text = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}]}
+    refused(server.post(text), 404, "no model 'gpt-4o' here", code="model_not_found")  # not the video that is missing
     refused(server.post(asking(VIDEO, model="gpt-4o")), 404, "no model 'gpt-4o' here", code="model_not_found")
     status, _, content = server.post(asking(VIDEO, model="m" * 1_000_000))
     refused((status, content), 404, "no model 'mmm", code="model_not_found")
@@ -261,7 +263,12 @@ def test_a_full_queue_is_told(serving_chat, serving_folder):
                 thread.start()
             wait_until(lambda: running.metric("fastvid_requests_in_flight") == 3)
             status, headers, content = running.post(asking(url))
-            refused((status, content), 429, "3 requests wait already (--max_waiting)", type="rate_limit_error")
+            refused(
+                (status, content),
+                429,
+                "3 requests are in hand: at most 1 are answered at a time (--at_once), and 2 wait",
+                type="rate_limit_error",
+            )
             assert int(headers["retry-after"]) >= 1
         for thread in threads:
             thread.join()

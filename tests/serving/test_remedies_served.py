@@ -70,7 +70,7 @@ def test_a_longer_queue_helps(serving_chat, serving_folder):
         with served(serving_chat, serving_folder / "model", **settings) as running, held_answers(running):
             with running.service.admitted():
                 answer = running.post(asking(url))
-            told(answer, "wait already (--max_waiting)" if refused else "(--request_timeout)")
+            told(answer, "wait (--max_waiting)" if refused else "(--request_timeout)")
 
 
 def test_flags_are_mended_as_told(serving_folder, tmp_path, monkeypatch, caplog):

@@ -39,3 +39,14 @@ def test_a_card_tells_the_poolings_of_both_towers():
     assert "| features | pooling temporal+spatial; grid:2x2x2 |" in card and "a mean over time" not in card
     same = model_card("m", "me/base", None, {}, Provenance(pooling="grid:2x2x2", second=second))
     assert "| features | pooling grid:2x2x2 |" in same
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_card_tells_of_lora_where_it_was_trained(enabled):
+    config = {"lora_enable": enabled, "lora_r": 128, "lora_alpha": 256.0, "seed": 3}
+    card = model_card("m", "me/base", None, {"config": config}, Provenance())
+    assert ("| `--lora_r` | 128 |" in card) == ("| `--lora_alpha`" in card) == enabled and "| `--seed` | 3 |" in card
+
+
+def test_a_card_warns_of_a_second_first_token():
+    assert "give `add_special_tokens=False` there" in model_card("m", "me/base", None, {}, Provenance())
