@@ -2,10 +2,12 @@
 
 import json
 import math
+import re
 
 import pytest
+from conftest import ROOT
 
-from fastvid.evaluation.tasks import read_samples, upstream_files
+from fastvid.evaluation.tasks import TASKS, read_samples, upstream_files
 
 
 def write(folder, **files):
@@ -336,3 +338,26 @@ def test_a_missing_path_is_told(tmp_path):
         read_samples("mc", tmp_path / "nowhere")
     (tmp_path / "nowhere").write_text(json.dumps([CHOICE]))
     assert read_samples("mc", tmp_path / "nowhere")[0]
+
+
+def test_the_guides_records_are_read(tmp_path):
+    """The examples of docs/evaluation.md, one of each benchmark."""
+    guide = (ROOT / "docs" / "evaluation.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| ([`c].*[{`].*) \|$", guide.split("A record of each")[1], re.MULTILINE))
+    assert rows.keys() == TASKS.keys()
+    for task, row in rows.items():
+        records = [[json.loads(found)] for found in re.findall(r"`(\{.*?\})`", row)]
+        if task == "tgif_qa":
+            names = re.findall(r"`(\w+)`", row)
+            (tmp_path / "tgif_qa").write_text("\t".join(names) + "\nv_1\tWho runs?\tdog\n")
+        elif task in ("activitynet_qa", "msvd_qa"):
+            (tmp_path / task).mkdir()
+            names = ("test_q.json", "test_a.json") if task == "activitynet_qa" else ("test_qa.json",)
+            for name, content in zip(names, records, strict=True):
+                (tmp_path / task / name).write_text(json.dumps(content))
+            if task == "msvd_qa":
+                (tmp_path / task / "youtube_mapping.txt").write_text(re.findall(r"the line `(.*?)`", row)[0] + "\n")
+        else:
+            (tmp_path / task).write_text(json.dumps(records[0]))
+        ((sample,), _) = read_samples(task, tmp_path / task)
+        assert sample.video.removesuffix(".mp4") == ("video7010" if task == "msrvtt_qa" else "v_1")
