@@ -305,7 +305,7 @@ def test_other_questions_want_another_folder(tmp_path):
         ({"tower": ["sha256:a"]}, {"line": "sha256:b"}, "by other vision towers"),
         ({"tower": ["sha256:a"]}, {"tower": ["sha256:a", "sha256:b"]}, "by other vision towers"),
         ({"tower": ["sha256:a"]}, {"tower": ["0123abc"]}, None),  # a hub's commit: nothing tells
-        ({"tower": [None, "sha256:a"]}, {"tower": ["sha256:a", "sha256:a"]}, None),
+        ({"tower": ["sha256:a", "sha256:a"]}, {"tower": [None, "sha256:a"]}, None),
         ({"tower": ["sha256:a"]}, {}, "known of one side alone: ['sha256:a']"),
         ({}, {}, None),
     ],
