@@ -36,7 +36,6 @@ log = logging.getLogger("fastvid")
 
 PREDICTIONS, SETTINGS = "predictions", "settings.json"
 _PIECES, _PIECE = 256, 1 << 14  # of a file of weights, by which it is known, and their bytes
-_REASONS = 3  # of samples without an answer that are told
 _WEIGHTS = ("*.safetensors", "*.bin")
 _ADAPTER = ("adapter_model.*", "model-*.safetensors")  # in PEFT's format, or in a checkpoint
 
@@ -85,7 +84,7 @@ def predict(
         failed = _answer(chat, config, videos, todo, lines, _Towers(done.values(), training), stopped, training)
     if failed:
         told = [f"{why} ({n})" for why, n in Counter(failed.values()).most_common()]
-        told[_REASONS:] = [f"and {len(told) - _REASONS} more reasons, all in {file}"] * (len(told) > _REASONS)
+        told[3:] = [f"and {len(told) - 3} more reasons, all in {file}"] * (len(told) > 3)
         log.warning("no answer to %d of %d samples: %s", len(failed), len(todo), "; ".join(told))
     write_upstream(config.task, samples, output)
     return not failed and not stopped()

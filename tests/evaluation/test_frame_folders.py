@@ -1,4 +1,4 @@
-"""Videos that are folders of frames, as some of MVBench's are."""
+"""Videos that are folders of frames, as some of MVBench's are; and links to videos."""
 
 import json
 from dataclasses import replace
@@ -127,3 +127,13 @@ def test_a_picture_that_is_damaged_costs_its_sample(frames, tmp_path, serving_ch
     )
     assert not predict(serving_chat, config, 0, 1)
     assert "show/2" in json.loads((output / "predictions.jsonl").read_text())["error"]
+
+
+def test_links_that_lead_out_are_followed_if_told(tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "elsewhere.mp4").touch()
+    (tmp_path / "videos" / "clip.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    for follow, remedy in ((None, "refused"), (False, "--follow_links True follows it")):
+        with pytest.raises(ValueError, match=f"is a link that leads out of .*; {remedy}"):
+            Videos(tmp_path / "videos", follow_links=follow).find(sample(video="clip"))
+    assert Videos(tmp_path / "videos", follow_links=True).find(sample(video="clip")).name == "clip.mp4"

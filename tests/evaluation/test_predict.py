@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -168,15 +169,15 @@ def test_nobody_is_answered_with_a_namesakes_frames(run, chat, output):
         (run / "feats" / "p" / "clip1.safetensors").rename(run / "feats" / "clip1.safetensors")
 
 
-def test_links_that_lead_out_are_followed_if_told(tmp_path):
-    (tmp_path / "videos").mkdir()
-    (tmp_path / "elsewhere.mp4").touch()
-    (tmp_path / "videos" / "clip.mp4").symlink_to(tmp_path / "elsewhere.mp4")
-    sample = Sample("1", "clip", ("q",), "a", "match")
-    for follow, remedy in ((None, "refused"), (False, "--follow_links True follows it")):
-        with pytest.raises(ValueError, match=f"is a link that leads out of .*; {remedy}"):
-            Videos(tmp_path / "videos", follow_links=follow).find(sample)
-    assert Videos(tmp_path / "videos", follow_links=True).find(sample).name == "clip.mp4"
+@pytest.mark.parametrize(
+    "missing, told", [(3, "gone2 .*[)]$"), (5, "; and 2 more reasons, all in .*/predictions.jsonl$")]
+)
+def test_of_many_reasons_some_are_told(run, chat, output, caplog, missing, told):
+    path = output / "short.json"
+    asked = [{"video": f"gone{number}", "question": "why?", "answer": "a"} for number in range(missing)]
+    path.write_text(json.dumps([*asked, {**asked[0], "video": "clip1"}]))
+    assert not predict(chat, config(run, output / "new", "match", annotations=str(path)), 0, 1)
+    assert re.search(f"no answer to {missing} of {missing + 1} samples: .*gone0.*{told}", caplog.messages[-1])
 
 
 def test_a_part_is_of_one_video(run):
