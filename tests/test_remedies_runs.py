@@ -83,7 +83,9 @@ REMEDIES = {
     "fastvid extract takes layer -2, leave it out": "",
     "fastvid extract takes the patches, leave it out": "",
     "use --mm_use_vid_start_end True": "--mm_use_vid_start_end True",
-    "images are not read, give --video_folder": "--video_folder {run}/feats",
+    "give --video_folder, where features of images lie beside those of videos (fastvid extract --images True)": (
+        "--video_folder {run}/feats"
+    ),
     "use --frozen_dtype nf4 (4 bits) or int8 (8)": "--frozen_dtype nf4",
     "use --frozen_dtype nf4": "--frozen_dtype nf4",
     "use --frozen_dtype int8": "--frozen_dtype int8",

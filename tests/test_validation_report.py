@@ -20,7 +20,7 @@ def test_videos_to_be_made_are_counted_once():
 def test_a_second_tower_is_named_by_its_flag(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "revisions", lambda folder: ("sha256:given",))
     config = SimpleNamespace(
-        vision_tower=str(tmp_path), vision_tower_2=str(tmp_path), policy=POLICIES["none"], pooling=None
+        vision_tower=str(tmp_path), vision_tower_2=str(tmp_path), policy=POLICIES["none"], pooling=None, num_frames=None
     )
     for which in ("", "_2"):
         report = Report()

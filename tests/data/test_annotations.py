@@ -53,7 +53,7 @@ def test_well_formed_records_are_taken_as_they_are(change):
         ({"videos": ["a.pkl", ""]}, "videos", "is not a list of file names"),
         ({"conversations": []}, "conversations", "is not a list of turns"),
         ({"conversations": None}, "conversations", "is not a list of turns"),
-        ({"conversations": ["hi"]}, "conversations", "turn 0 does not say"),
+        ({"conversations": ["hi"]}, "conversations", "turn 0 is text, not an object"),
         ({"conversations": [TEXT, {"from": "system", "value": "b"}]}, "conversations", 'turn 1 is from "system"'),
         (
             {"conversations": [TEXT, {"from": "ob\nserver", "value": "b"}]},

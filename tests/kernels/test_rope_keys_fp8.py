@@ -33,9 +33,14 @@ def check(grads, positions, frequencies, way_back, more=None):
 
 
 @pytest.mark.slow
-@each_pair(shape=[*SHAPES, (0, 4, 2, 8)], way=WAYS, dtype=DTYPES)
+@each_pair(shape=SHAPES, way=WAYS, dtype=DTYPES)
 def test_is_the_gradient_quantised_afterwards(shape, way, dtype):
     check(*arguments(shape, way, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_rows(dtype):
+    check(*arguments((0, 4, 2, 8), "in order", dtype))
 
 
 @pytest.mark.slow
