@@ -6,9 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 make_environment test
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # two processes of two threads each on two cores are four times slower
-cores=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-# One more than cores: some tests wait for other processes, or for time to pass.
-several=(-n $((cores < 8 ? cores + 1 : 8)) --dist loadgroup --no-loadscope-reorder)
+several=(-n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder)
 for argument in "$@"; do
   [[ $argument == tests/* ]] && several=() # a few files are done before further processes are ready
 done

@@ -36,6 +36,7 @@ def test_the_page_is_served_and_opened(serving_folder, monkeypatch, capfd, deskt
         assert url.startswith("http://127.0.0.1:")
         page = get(url)
         assert page.status == 200 and b"Drop a clip here" in page.data
+        wait_until(lambda: len(opened) == desktop)
         assert opened == ([(url, 200)] if desktop else [])
     finally:
         servers[0].end()

@@ -13,6 +13,11 @@ from fastvid.data.prefetch import Prefetcher
 from fastvid.dist import host_memory, parallel
 
 
+@pytest.fixture(autouse=True)
+def quick_runs():
+    """Runs as they are."""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return write_run(tmp_path_factory.mktemp("run"))

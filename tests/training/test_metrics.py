@@ -22,6 +22,11 @@ from fastvid.training.flops import StepCounts
 from fastvid.training.metrics import Metrics, peak_memory, read_metrics
 
 
+@pytest.fixture(autouse=True)
+def quick_runs():
+    """Runs as they are."""
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test moves: `clock[0]` seconds."""
