@@ -64,9 +64,10 @@ def pytest_runtest_protocol():
 def quick_runs(monkeypatch):
     """Training runs without two thirds of what a small one takes; modules about these override this fixture.
 
-    A run takes back what it left out of its collections. The next one would look at all that tests import. And the
-    picture that it leaves is an empty one.
+    What a run leaves out of its collections it takes back at its end, and the next one would look at all that tests
+    import. The picture that it leaves is an empty one.
     """
+    monkeypatch.setattr(gc, "freeze", lambda: None)
     monkeypatch.setattr(gc, "unfreeze", lambda: None)
     if (plots := sys.modules.get("fastvid.training.plots")) is not None:
         monkeypatch.setattr(plots, "draw_loss_curve", _empty_curve)
