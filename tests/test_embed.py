@@ -44,6 +44,7 @@ def header_of(path):
         return json.loads(file.metadata()["header"])
 
 
+@pytest.mark.slow
 def test_rows_are_those_that_the_model_reads(model, folder, tmp_path, capsys):
     output = tmp_path / "rows"
     assert main(flags(model, folder, output)) == 0
@@ -68,6 +69,7 @@ def test_rows_are_those_that_the_model_reads(model, folder, tmp_path, capsys):
     assert str(tmp_path) not in json.dumps(told), "folders of this machine are nobody's business"
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_what_is_missing_or_has_changed(model, folder, tmp_path, capsys):
     output = tmp_path / "rows"
     assert main(flags(model, folder, output)) == 0
@@ -81,6 +83,7 @@ def test_a_second_run_makes_what_is_missing_or_has_changed(model, folder, tmp_pa
     assert "1 made, 1 there already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_settings_are_told_before_anything_is_written(model, folder, tmp_path):
     output = tmp_path / "rows"
     with pytest.raises(ValueError, match="rows.npy is to be a folder, which gets a .safetensors file for each video"):

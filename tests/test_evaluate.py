@@ -135,6 +135,7 @@ def test_unreadable_replies_are_told(predicted, tmp_path, capsys):
     assert sum(told["unreadable"].values()) == 1 and sum(each["n"] for each in told["scores"].values()) == 13
 
 
+@pytest.mark.slow
 def test_a_silent_judge_leaves_the_rest_to_the_next_run(predicted, tmp_path, capsys):
     with fake_judge(lambda n, body: (500, "") if n % 2 else score_of(n, body)) as judge:
         assert main(judging(copy(predicted, tmp_path), judge.url)) == 1
@@ -144,6 +145,7 @@ def test_a_silent_judge_leaves_the_rest_to_the_next_run(predicted, tmp_path, cap
         assert len(judge.bodies) == 7
 
 
+@pytest.mark.slow
 def test_comparison(predicted, tmp_path, capsys):
     here, there, fresh = (tmp_path / name for name in ("here", "there", "fresh"))
     fresh.mkdir()
@@ -170,6 +172,7 @@ def test_other_questions_are_refused_before_a_model_is_loaded(run, predicted, tm
         main(flags({**settings(run, tmp_path / "new", "mc"), "compare": tmp_path}))
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_judged_shows_its_scores(predicted, tmp_path, capsys):
     """Of the judge whose they are; another one's take their place, and the first one's come back without a request."""
     output = str(copy(predicted, tmp_path))
@@ -221,6 +224,7 @@ def test_a_command_that_cannot_begin_leaves_no_folder(run, tmp_path, monkeypatch
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_flags_mended_as_told(run, predicted, tmp_path, monkeypatch):
     """Each mistake's message says what the next line gives."""
 

@@ -136,6 +136,7 @@ def test_a_changed_template_does_not_go_on(tmp_path, data):
         run(base, data, tmp_path / "out", "--num_train_epochs", "4")
 
 
+@pytest.mark.slow
 def test_versions_that_are_not_the_models(tmp_path, data):
     base = write_model(tmp_path / "base", "qwen2")
     with pytest.raises(ValueError, match="--version v1: .*; give --version chat_template, or leave it out"):

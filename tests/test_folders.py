@@ -41,6 +41,7 @@ def test_a_folder_of_the_hubs_cache_is_its_snapshot(made, tmp_path):
     assert train.main(flags(made, tmp_path / "out", "--max_steps", "1", "--model_name_or_path", str(folder))) == 0
 
 
+@pytest.mark.slow
 def test_of_several_snapshots_one_must_be_given(made, tmp_path):
     folder = cached(tmp_path, made / "model", "x", "y")
     with pytest.raises(ValueError, match="holds 2 snapshots .*: give one of them, such as .*snapshots/x"):
@@ -76,6 +77,7 @@ def test_an_output_dir_is_told_what_to_give_instead(made):
     assert ask(made / "model", made, "--projector", made / "adapter") == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_to_be_exported(made, tmp_path):
     folder = made / "full" / "checkpoint-1"
     (tmp_path / "run").mkdir()

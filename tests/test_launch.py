@@ -177,6 +177,7 @@ def test_a_mistake_is_told_last_and_not_tried_again(launch, tmp_path):
     assert time.monotonic() - begin < 40
 
 
+@pytest.mark.slow
 def test_alignment_extracts_images_and_then_trains_a_projector(launch):
     assert launch("launch_align.sh", "--max_steps", "7", MODEL="qwen", TOWER="siglip", NNODES="1").wait(20) == 0
     extraction, training = (line for line in launch.calls.read_text().splitlines() if line.startswith("torchrun --n"))

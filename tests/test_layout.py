@@ -246,6 +246,7 @@ def test_tests_lie_where_their_subject_does():
     assert len(set(names)) == len(names)  # tests import helpers by name
 
 
+@pytest.mark.slow
 def test_a_folder_of_tests_runs_alone():
     """What tests of several folders use lies in support/."""
     folders = {path.stem: path.parent for path in (ROOT / "tests").rglob("test_*.py")}

@@ -236,6 +236,7 @@ def test_shared_videos_train_as_videos_apart(made, tmp_path):
     assert shared.gradient_norm.item() == pytest.approx(plain.gradient_norm.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_new_matrices_are_peft_s_and_depend_on_the_seed_alone(made, tmp_path):
     """A is drawn as nn.Linear's weight, B is zero; of fewer targets each has what it has among all."""
     states = [
@@ -252,6 +253,7 @@ def test_new_matrices_are_peft_s_and_depend_on_the_seed_alone(made, tmp_path):
     assert not torch.equal(first[qkv][:4], first[qkv][4:8])
 
 
+@pytest.mark.slow
 def test_the_projector_may_have_a_rate_of_its_own(made, tmp_path):
     moved = {}
     for rate in (None, "0", "1e-2"):
@@ -452,6 +454,7 @@ def test_an_adapter_of_other_settings_names_the_flags(made, tmp_path):
         train.build(config_of(made, tmp_path, *words), ALONE)
 
 
+@pytest.mark.slow
 def test_a_run_that_starts_from_an_adapter_goes_on_only_with_it(made, tmp_path):
     words = [*LORA, "--max_steps", "2", "--save_steps", "1", "--lora_weights"]
     assert train.main(flags(made, tmp_path / "out", *words, str(made / "out"))) == 0

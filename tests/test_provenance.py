@@ -97,6 +97,7 @@ def test_chat_asks_as_the_weights_were_trained(made):
     chat.close(), named.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flag, value, trained",
     [

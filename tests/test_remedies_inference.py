@@ -207,6 +207,7 @@ DAMAGED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, name, damage, said", DAMAGED)
 def test_chat_answers_once_a_file_was_copied_again(made, tmp_path, attempt, kind, name, damage, said):
     file = shutil.copytree(made / kind, tmp_path / kind) / name
@@ -232,6 +233,7 @@ def test_chat_answers_once_a_file_was_copied_again(made, tmp_path, attempt, kind
     assert attempt("chat", words) == 0 and not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_once_its_configuration_was_downloaded_again(made, tmp_path, attempt):
     words = OF_OUT + PROJECTOR + "--model_name_or_path {tmp}/model"
     (shutil.copytree(made / "model", tmp_path / "model") / "config.json").write_text("{")
@@ -243,6 +245,7 @@ def test_a_model_is_exported_once_its_configuration_was_downloaded_again(made, t
     assert attempt("export", words) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_was_downloaded_to_the_folder_given_is_read(made, tmp_path):
     with pytest.raises(ValueError, match="is no folder: download the model .hf download. and give its folder"):
         read_model_config(tmp_path / "m")

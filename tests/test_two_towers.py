@@ -61,6 +61,7 @@ def asked(made):
     chat.close()
 
 
+@pytest.mark.slow
 def test_what_training_leaves(made):
     for name in ("mm_projector.bin", "mm_projector.safetensors"):
         path = made / "out" / name
@@ -75,6 +76,7 @@ def test_what_training_leaves(made):
     assert of_weights(made / "out" / "checkpoint-18") == told
 
 
+@pytest.mark.slow
 def test_answers_are_of_both_blocks_in_place(made, asked):
     """The first token of an answer is transformers', of the prompt with both projected blocks put in by hand."""
     llama, tokens = llama_of(asked.model), asked.tokenizer.tokens
@@ -168,6 +170,7 @@ def test_two_ranks_have_the_losses_of_one(run, tmp_path, mode, shard):
     assert all(found[step] == pytest.approx(expected[step], rel=1e-5) for step in expected)
 
 
+@pytest.mark.slow
 def test_a_run_on_other_features_of_the_second_tower_is_not_gone_on_with(run, tmp_path):
     assert train.main(argv(run, tmp_path / "out", "--max_steps", "2", "--save_steps", "1")) == 0
     shutil.copytree(run / "feats_2", tmp_path / "other")
@@ -182,6 +185,7 @@ def test_a_run_on_other_features_of_the_second_tower_is_not_gone_on_with(run, tm
         train.main(argv(run, tmp_path / "out", "--max_steps", "4", "--video_folder_2", str(tmp_path / "other")))
 
 
+@pytest.mark.slow
 def test_another_tower_in_the_second_folder_is_told(run, tmp_path, caplog, monkeypatch):
     second = shutil.copytree(run / "feats_2", tmp_path / "second")
     header = {"tower": "other", "tower_revision": "sha256:other", "num_frames": 4}
@@ -210,6 +214,7 @@ def test_a_benchmark_is_answered_with_both(made, asked, tmp_path):
     assert len({line["features"] for line in lines}) == 2
 
 
+@pytest.mark.slow
 def test_validate_counts_rows_of_both_and_tells_the_folder(run, tmp_path, capsys):
     second = shutil.copytree(run / "feats_2", tmp_path / "second")
     given = f"--data_path {run}/train.json --video_folder {run}/feats --video_folder_2 {second}".split()
@@ -227,6 +232,7 @@ def test_validate_counts_rows_of_both_and_tells_the_folder(run, tmp_path, capsys
     assert f"{second / 'clip4.safetensors'} is 3 × 7 instead of any number × 6" in told
 
 
+@pytest.mark.slow
 def test_inspect_shows_what_training_makes(run, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert inspection.main(argv(run, tmp_path / "out", "--index", "1", "--html", str(page))) == 0
@@ -239,6 +245,7 @@ def test_inspect_shows_what_training_makes(run, tmp_path, capsys):
 # --- what is refused
 
 
+@pytest.mark.slow
 def test_training_refuses_half_of_it(run, made, tmp_path):
     second = shutil.copytree(run / "feats_2", tmp_path / "second")
     (second / "clip5.safetensors").unlink()
@@ -262,6 +269,7 @@ def test_training_refuses_half_of_it(run, made, tmp_path):
     assert train.main(argv(run, out, "--pretrain_mm_mlp_adapter", str(made / "out"), "--dry_run", "True")) == 0
 
 
+@pytest.mark.slow
 def test_a_new_projector_that_is_not_trained_is_refused(run, tmp_path):
     frozen = argv(run, tmp_path / "out", "--max_steps", "1", "--freeze_mm_mlp_adapter", "True")
     with pytest.raises(ValueError, match="holds no projector of a second vision tower, and none is trained: leave"):
@@ -271,6 +279,7 @@ def test_a_new_projector_that_is_not_trained_is_refused(run, tmp_path):
     assert train.main([*frozen, *given]) == 0
 
 
+@pytest.mark.slow
 def test_chat_needs_both_or_says_so(run, made, asked, tmp_path):
     base, clip = str(made / "model"), made / "feats" / "clip0.safetensors"
     alone = Chat(model_name_or_path=base, projector=str(made / "out"), max_new_tokens=2)
@@ -298,12 +307,14 @@ def test_chat_needs_both_or_says_so(run, made, asked, tmp_path):
     assert chat.main([*given.split(), "--max_new_tokens", "2", "--question", "what?"]) == 0
 
 
+@pytest.mark.slow
 def test_a_format_of_one_tower_is_refused(made, tmp_path):
     given = ["--checkpoint", str(made / "out"), "--output", str(tmp_path / "hf"), "--format"]
     with pytest.raises(ValueError, match="has one vision tower, this model two: export it with --format llama"):
         export.main([*given, "llava"])
 
 
+@pytest.mark.slow
 def test_a_projector_file_lacks_half_of_the_second(made, tmp_path):
     from safetensors.torch import save_file
 

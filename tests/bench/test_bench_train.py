@@ -174,6 +174,7 @@ def test_every_exact_row_has_the_loss_and_gradient_of_the_reference(firsts):
     assert math.log(640) - 0.5 < firsts["reference"]["loss"] < math.log(640) + 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"loss": 1.0001}, {"norm": 1.001}, {"loss": math.nan}])
 def test_another_loss_or_gradient_is_a_fault(firsts, change):
     ((key, factor),) = change.items()
@@ -183,6 +184,7 @@ def test_another_loss_or_gradient_is_a_fault(firsts, change):
     assert fault.startswith(f"fp32 exact: {key}")
 
 
+@pytest.mark.slow
 def test_without_the_reference_rows_must_equal_each_other(firsts):
     rows = [
         {"row": name, "dtype": "fp32", **firsts[name]} for name in ("strong", "exact", "strong_video_first", "shared")
@@ -200,6 +202,7 @@ def test_every_row_of_a_preset_is_compared_with_another(name):
             assert row.like is None or row.like in names or sum(ROWS[other].like == row.like for other in names) > 1
 
 
+@pytest.mark.slow
 def test_rows_compute_less_from_idea_to_idea(firsts):
     order = ("reference", "strong", "tuned", "kept", "last", "apart", "shared")
     flops = [firsts[name]["flops"] for name in order]

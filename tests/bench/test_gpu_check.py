@@ -63,12 +63,14 @@ def test_a_fault_costs_its_own_rows(tmp_path, fault, process):
     assert "stage bad: failed" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_wrong_result_fails_and_its_process_goes_on(tmp_path):
     outcomes = run([task("wrong", "is_wrong", process="p"), task("next", process="p")], tmp_path)
     assert outcomes["stage", "wrong"][0] == "failed: error 3 in [4], at most 1 is allowed"
     assert outcomes["stage", "next"][0] == "ok" and not (tmp_path / "log.txt").exists()
 
 
+@pytest.mark.slow
 def test_untimed_tasks_run_beside_each_other_and_timed_ones_wait(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.gpu.check.os.cpu_count", lambda: 4)
     names = ["a", "b"]

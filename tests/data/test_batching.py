@@ -70,6 +70,7 @@ def test_features_of_another_tower_are_refused(run, tmp_path):
         train.build(config_of(run, "unused", "--num_video_tokens", "9"), WORLD)
 
 
+@pytest.mark.slow
 def test_text_only_records_train(run, tmp_path):
     records = [
         {

@@ -80,6 +80,7 @@ def build(run, *more):
     return train.build(config_of(run, "unused", "--dataloader_num_workers", "0", *more), WORLD)
 
 
+@pytest.mark.slow
 def test_validation_finds_nothing_wrong(run):
     report = validate.validate(
         ValidateConfig(
@@ -116,6 +117,7 @@ def validated(folder, **more):
     return validate.validate(ValidateConfig([str(folder / "train.json")], **places))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("good, bad", [("a.mp4", "a.jpg"), ("b.png", "b.mkv")])
 def test_features_are_not_of_a_namesake_of_the_other_kind(namesakes, good, bad):
     folder, samples = namesakes(good, bad)
@@ -140,6 +142,7 @@ def test_features_are_not_of_a_namesake_of_the_other_kind(namesakes, good, bad):
     assert [samples.read(index)[0].refused for index in range(len(samples))] == [None] * len(samples)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, unnamed", [(["a.mp4"], 0), (["a.mp4", "b.png"], 1), (["a.mp4", "missing.png"], 2), (["b"], 2)], ids=str
 )

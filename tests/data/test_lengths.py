@@ -40,6 +40,7 @@ def build(run, *more):
     return train.build(config_of(run, "unused", "--dataloader_num_workers", "0", *more), WORLD)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_batches_have_the_rows_that_were_planned(run, mode):
     state = build(run, *BUDGET, *MODES[mode])

@@ -42,6 +42,7 @@ def written(data):
     return f'{{"id": "{data.draw(texts)}", {medium}"conversations": [{turns}]}}'.encode()
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(st.data())
 def test_what_the_pattern_matches_is_fine_as_it_stands(data):
@@ -88,6 +89,7 @@ def check_quick_ones(given):
         assert told(data, found) == by_pattern(data, own_begins, own_ends), "what it takes for a record is one"
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_what_is_looked_at_quickly_is_what_the_pattern_matches(data):

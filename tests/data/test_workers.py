@@ -272,6 +272,7 @@ print(*prefetch.Prefetcher(lambda number: number + os.getppid() - parent, 2).map
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hang", [set(), {1}, {1, 2, 4}])
 def test_a_process_that_hangs_in_fork_is_replaced(hang):
     """As a child of Python 3.11 does when a thread of its parent held the interpreter's list of threads."""
@@ -282,6 +283,7 @@ def test_a_process_that_hangs_in_fork_is_replaced(hang):
     assert done.returncode == 0 and done.stdout.split() == ["0", "1", "2", "3", str(2 + len(hang))], done
 
 
+@pytest.mark.slow
 def test_processes_that_never_begin_are_given_up():
     program = HANGS.format(hang="range(100)").replace("(2, 2, 20)", "(0.5, 0.5, 0.5)")
     done = subprocess.run(

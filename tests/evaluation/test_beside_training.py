@@ -147,6 +147,7 @@ QUANTISED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", QUANTISED)
 def test_a_quantised_decoder_answers_as_it_is(run, tmp_path, dtype):
     """Not as `chat` would, whose decoder is not; the settings and scores tell so."""
@@ -234,6 +235,7 @@ def test_ranks_share_the_work_and_training_goes_on_alike(run, tmp_path, more):
     )
 
 
+@pytest.mark.slow
 def test_a_signal_ends_the_questions_and_the_next_run_goes_on(run, tmp_path, monkeypatch):
     words = asking(run, "--logging_steps", "1")
     before, answers = predict._line, []
@@ -255,6 +257,7 @@ def test_a_signal_ends_the_questions_and_the_next_run_goes_on(run, tmp_path, mon
     assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["flag", "annotations"])
 def test_a_step_of_other_settings_is_asked_anew(run, tmp_path, monkeypatch, caplog, change):
     """Such settings may change when a run goes on, also in the midst of a step's questions."""
@@ -282,6 +285,7 @@ def test_a_step_of_other_settings_is_asked_anew(run, tmp_path, monkeypatch, capl
     assert predict.read_settings(folder)["max_new_tokens"] == (9 if change == "flag" else 7)
 
 
+@pytest.mark.slow
 def test_what_the_run_reads_is_not_moved_away(run, tmp_path):
     """Nor what a user keeps under another name; with the files elsewhere it runs, as the message tells."""
     steps = ["--max_steps", "1", "--resume", "never"]
@@ -300,6 +304,7 @@ def test_what_the_run_reads_is_not_moved_away(run, tmp_path):
     assert own.is_dir() and (tmp_path / "previous-1" / "eval_tasks" / "feats").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout, said", [("replicated", "take up to"), ("full", "GiB for the gathered model and up to")]
 )
@@ -313,6 +318,7 @@ def test_the_plan_tells_what_questions_take(run, tmp_path, monkeypatch, caplog, 
     assert f"{said} 0.01 GiB for keys and values (--eval_kv_cache_gib)" in caplog.text
 
 
+@pytest.mark.slow
 def test_no_answer_at_all_is_told_loudly(run, tmp_path, caplog):
     """By the names of training's flags, with which the answers fit."""
     small = flags(run, tmp_path, *asking(run, "--max_steps", "2"), "--eval_kv_cache_gib", "0.000001")
@@ -323,6 +329,7 @@ def test_no_answer_at_all_is_told_loudly(run, tmp_path, caplog):
     assert " --kv_cache_gib" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [False, True])
 def test_misfit_features_are_refused_before_anything_is_trained(run, tmp_path, skip):
     """Of other rows or channels; some of them may be, where the user says so."""
@@ -347,6 +354,7 @@ def test_misfit_features_are_refused_before_anything_is_trained(run, tmp_path, s
     train.prepare(config_of(run, tmp_path, *asking(run, *more), "--eval_video_folder", str(run / "feats")), CPU)
 
 
+@pytest.mark.slow
 def test_predictions_of_steps_that_are_made_anew_are_dropped(run, tmp_path):
     """What was killed after its last checkpoint begins again there; the weights of its later steps may be others."""
     task = beside_training.EvalTask("mc_mc", "mc", "", "")
@@ -357,6 +365,7 @@ def test_predictions_of_steps_that_are_made_anew_are_dropped(run, tmp_path):
     assert {file.name for file in (tmp_path / "eval_tasks" / "mc_mc").iterdir()} == {"step-2", "step-10", "step-best"}
 
 
+@pytest.mark.slow
 def test_a_judge_may_grade_what_training_left(run, tmp_path, capsys):
     assert train.main(flags(run, tmp_path, *asking(run))) == 0
     assert main(["--output", str(tmp_path / "eval_tasks" / "vcg_generic_qa" / "step-4")]) == 0
@@ -364,6 +373,7 @@ def test_a_judge_may_grade_what_training_left(run, tmp_path, capsys):
     assert main(["--output", str(tmp_path / "eval_tasks" / "mc_mc" / "step-4")]) == 0
 
 
+@pytest.mark.slow
 def test_features_of_other_rows_are_refused(run, tmp_path):
     state = train.build(config_of(run, tmp_path), CPU)
     chat = LiveModel(state.model, state.tokenizer, state.loader.samples.look_again(), ChatConfig(str(run / "model")))
@@ -400,6 +410,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mistake, said, mended", MISTAKES)
 def test_mistakes_are_told_before_anything_is_trained(run, tmp_path, mistake, said, mended):
     (run / "videos").mkdir(exist_ok=True)
@@ -412,6 +423,7 @@ def test_mistakes_are_told_before_anything_is_trained(run, tmp_path, mistake, sa
     train.prepare(config_of(run, tmp_path, *mended.format(run=run).split()), CPU)
 
 
+@pytest.mark.slow
 def test_text_alone_needs_a_folder_for_them(run, tmp_path):
     (run / "text.json").write_text(
         json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 4)

@@ -206,6 +206,7 @@ def drip(head, piece):
     return talk
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "talk",
     [

@@ -29,6 +29,7 @@ def drip(connection, ended):
         connection.sendall(b"H")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("talk", [hang, drip])
 def test_a_judge_that_hangs_is_told_as_such(talk, caplog):
     """And not as one that leaves. The first of each wave of retries has its line."""

@@ -21,6 +21,7 @@ def test_the_interval_draws_whole_videos():
     assert alone == (2, None, None)  # one video says nothing of how videos differ
 
 
+@pytest.mark.slow
 def test_intervals_of_many_videos_need_little_memory(monkeypatch):
     rng = np.random.default_rng(2)
     values, videos = rng.random(10_000), range(10_000)

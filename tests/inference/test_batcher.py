@@ -109,6 +109,7 @@ def _counting(forward, rows):
     return counted
 
 
+@pytest.mark.slow
 def test_draws_depend_on_the_request_alone():
     model, rng = random_model(), random.Random(5)
     asked = [request(i, rng, temperature=(0.0, 0.7, 1.5)[i % 3], seed=i) for i in range(24)]
@@ -163,6 +164,7 @@ def test_memory_is_bounded():
     assert {buffer.shape[0] for layer in batch._pool.layers for buffer in layer.buffers} == {120}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [70, 90, 300])
 def test_kept_beginnings_change_no_answer(rows):
     """They come and go as there is room, and are found again."""

@@ -71,6 +71,7 @@ def gathered(kv_rows, constant):
     return function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, heads, kv_heads, channels", PAIRS)
 def test_equals_plain_attention(shape, heads, kv_heads, channels):
     segments = SHAPES[shape]

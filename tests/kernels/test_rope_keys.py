@@ -191,6 +191,7 @@ def test_what_does_not_fit_is_refused(change):
         rope_keys(qkv, positions, frequencies, *heads, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("heads", [4, 0])

@@ -114,6 +114,7 @@ def test_what_nobody_asks_for_counts_as_nothing():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.slow
 def test_heads_side_by_side_in_wider_rows():
     made: Any = arguments((7, 4, 2, 8), "shared", torch.bfloat16)
     grads, positions, frequencies, way_back = made
@@ -126,6 +127,7 @@ def test_heads_side_by_side_in_wider_rows():
         assert torch.equal(rope_keys_backward(*others, positions, frequencies, **options), expected)
 
 
+@pytest.mark.slow
 def test_same_bits_again():
     made: Any = arguments((9, 6, 2, 6), "shared", torch.bfloat16)
     grads, *others = made

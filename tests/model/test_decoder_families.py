@@ -103,6 +103,7 @@ def test_a_layer_without_positions_rotates_by_nothing():
     assert torch.equal(model._prefix[1][0], keys) and not torch.equal(model._prefix[0][0], keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frozen_dtype", ["int8", "nf4"])
 def test_frozen_matrices_in_few_bits_keep_biases_and_norms(family, frozen_dtype):

@@ -155,6 +155,7 @@ def test_gate_up_and_swiglu(rows, dtype):
     assert torch.equal(stand_in.grad, plain.grad) and stand_in.grad.dtype == dtype
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("in_fp8", [False, True], ids=["rows", "e4m3 rows"])
 def test_product_whose_gradient_comes_back_in_e4m3(in_fp8, dtype):

@@ -118,6 +118,7 @@ def test_matrices_are_quantised_one_after_the_other(tmp_path, monkeypatch, froze
     assert live.peak - held < 5 * largest < whole / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("frozen_dtype", EXACT)
 def test_model_equals_a_plain_one_that_holds_the_same_matrices(frozen_dtype, recompute):

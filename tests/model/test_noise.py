@@ -69,6 +69,7 @@ def test_every_micro_batch_of_every_rank_and_step_has_noise_of_its_own(made, tmp
     assert found[1] == found[3] and len({*found}) == 5
 
 
+@pytest.mark.slow
 def test_shared_rows_have_one_draw(made, tmp_path):
     """The loss of a step is finite, and the same again, with samples that share a video's prompt."""
     words = ["--neftune_noise_alpha", "5", "--share_video", "True", "--gradient_accumulation_steps", "2"]
@@ -96,6 +97,7 @@ def test_a_run_is_the_same_when_it_is_interrupted_and_another_without_noise(made
     assert losses(tmp_path / "plain") != losses(tmp_path / "noise")
 
 
+@pytest.mark.slow
 def test_no_row_is_constant_and_validation_sees_no_noise(made, tmp_path):
     evaluated = ["--eval_data_path", str(made / "train.json")]
     found = {}

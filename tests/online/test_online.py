@@ -215,6 +215,7 @@ def test_a_broken_video_costs_its_sample_once_a_run(run, tmp_path, caplog):
 # What is refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, message",
     [
@@ -241,6 +242,7 @@ def test_names_that_are_refused(run, tmp_path, name, message):
     assert features.unmade == []
 
 
+@pytest.mark.slow
 def test_a_name_means_the_file_that_an_extraction_would_have_written(run, tmp_path):
     features = OnlineFeatures(parse(TrainConfig, online_flags(run, tmp_path / "out")))
     for name in ("clip0.mp4", "clip0.pkl", "clip0", "./clip0.mp4"):

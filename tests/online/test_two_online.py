@@ -111,6 +111,7 @@ def test_a_second_tower_makes_what_it_made_for_the_weights(run, tmp_path, caplog
     assert f"--num_frames {FRAMES} and --pooling temporal+spatial of the first tower alone: " in caplog.text
 
 
+@pytest.mark.slow
 def test_what_training_would_make_is_checked_before(run, tmp_path, capsys):
     out, words = tmp_path / "out", both(run, tmp_path / "out", "--dry_run", "True")
     assert train.main(words) == 0 and not (out / "features_2").exists()

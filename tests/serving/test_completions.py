@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("forked")  # decoders
 QUESTIONS = ["what plays?", "who is the assistant", "cards", "what who is? plays", "large user: cards?"]
 
 
+@pytest.mark.slow
 def test_concurrent_answers_are_those_of_chat(server, serving_chat, serving_folder):
     """Several videos and questions, some with turns before, streamed and not, by file and by content, all at once."""
     rng = random.Random(0)
@@ -134,6 +135,7 @@ def test_the_model_is_named(server):
     assert server.call("GET", "/v1/models/other")[0] == 404
 
 
+@pytest.mark.slow
 def test_the_openai_package_is_served(server, serving_chat, serving_folder):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
@@ -152,6 +154,7 @@ def test_the_openai_package_is_served(server, serving_chat, serving_folder):
         client.chat.completions.create(model="model", messages=messages, n=2)
 
 
+@pytest.mark.slow
 def test_features_are_kept_up_to_a_budget(serving_chat, serving_folder, tmp_path):
     with served(serving_chat, serving_folder / "model", feature_cache_mib=0) as none:
         for _ in range(2):

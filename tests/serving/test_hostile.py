@@ -72,6 +72,7 @@ def test_the_last_of_two_fields_of_a_name_counts(server, serving_folder):
     assert status == 200 and content["usage"]["completion_tokens"] <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gzip", "br", "identity, gzip"])
 def test_a_body_is_never_unpacked(server, kind):
     status, _, content = server.post(gzip.compress(b" " * 10**8), content_encoding=kind)
@@ -123,6 +124,7 @@ RAW = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", RAW)
 def test_heads_that_are_none(server, what):
     """One answer at most, and the connection is closed: nothing behind it is taken for a request."""

@@ -197,6 +197,7 @@ def test_what_was_given_up_and_ends_late_takes_no_other_along(serving_chat, serv
     assert store._jobs == {}
 
 
+@pytest.mark.slow
 def test_a_slow_reader_holds_up_nobody(serving_chat, serving_folder, monkeypatch):
     """What it does not read stays in the system's buffers; if they are full for long, the connection is closed."""
     monkeypatch.setattr(server_module, "_STALLED", 0.5)
@@ -218,6 +219,7 @@ def test_a_slow_reader_holds_up_nobody(serving_chat, serving_folder, monkeypatch
         left_nothing(running)
 
 
+@pytest.mark.slow
 def test_a_silent_connection_is_closed(serving_chat, serving_folder, monkeypatch):
     """Whether it sends nothing, or a head byte by byte; one whose answer takes its time is not."""
     monkeypatch.setattr(server_module, "_SILENT", 0.4)

@@ -235,6 +235,7 @@ def test_large_pictures_are_refused(serving_chat, serving_folder, tmp_path):
         assert "101×100 is over the limit of 10,000 pixels" in content["error"]["message"]
 
 
+@pytest.mark.slow
 def test_decoding_has_its_time(serving_chat, serving_folder, monkeypatch):
     """A video that would take for ever costs its request, and the next one is answered."""
     monkeypatch.setattr(media, "_digest", lambda *_: "0" * 64)  # of a terabyte
@@ -276,6 +277,7 @@ def test_a_full_queue_is_told(serving_chat, serving_folder):
         assert running.ask(url)[0] == 200
 
 
+@pytest.mark.slow
 def test_a_request_has_its_time(serving_chat, serving_folder):
     url = uri(serving_folder / "videos" / "4.mp4")
     with served(serving_chat, serving_folder / "model", request_timeout=LONG) as running:

@@ -96,6 +96,7 @@ def test_remote_addresses_are_not_asked(server):
         assert asked == []
 
 
+@pytest.mark.slow
 def test_allowed_hosts_are_asked_with_care(serving_chat, serving_folder):
     content = (serving_folder / "videos" / "4.mp4").read_bytes()
     released = threading.Event()
@@ -143,6 +144,7 @@ def test_allowed_hosts_are_asked_with_care(serving_chat, serving_folder):
         assert os.listdir(running.service._spool.name) == []
 
 
+@pytest.mark.slow
 def test_silent_hosts_hold_up_nobody(serving_chat, serving_folder):
     """Who asks for what they do not send waits for his own time alone, and nothing of it is left."""
     released = threading.Event()
@@ -177,6 +179,7 @@ def test_silent_hosts_hold_up_nobody(serving_chat, serving_folder):
         wait_until(lambda: os.listdir(running.service._spool.name) == [])
 
 
+@pytest.mark.slow
 def test_what_is_fetched_for_nobody_is_removed(serving_chat, serving_folder):
     released, content = threading.Event(), (serving_folder / "videos" / "4.mp4").read_bytes()
 

@@ -35,6 +35,7 @@ def test_what_a_refusal_asks_for_helps(server, serving_folder, serving_chat, tmp
         told(running.post(asking(f"file://{video}")), "the server allows no files; start it with --allowed_folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "message, tight, wide",
     [
@@ -63,6 +64,7 @@ def test_a_higher_limit_helps(serving_chat, serving_folder, tmp_path, message, t
                 assert answer[0] == status, answer
 
 
+@pytest.mark.slow
 def test_a_longer_queue_helps(serving_chat, serving_folder):
     url = uri(serving_folder / "videos" / "4.mp4")
     for waiting, refused in ((0, True), (1, False)):

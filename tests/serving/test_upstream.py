@@ -178,6 +178,7 @@ def test_other_events_change_nothing(before, video):
     assert text_of(running.ask(video)[1]) == ("ab", "stop")
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_or_keeps_silent(source, serving_folder, video):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -65,6 +65,7 @@ def test_it_is_the_average_of_the_steps_weights_and_validation_takes_it(made, tm
     assert train.evaluate(state) == found != plain
 
 
+@pytest.mark.slow
 def test_the_weights_are_there_again_after_a_validation_that_fails_or_is_stopped(made, tmp_path, monkeypatch):
     state = train.build(config_of(made, tmp_path, *AVERAGED, "--eval_data_path", str(made / "train.json")), ALONE)
     weights = steps_of(state, 2)[-1]
@@ -114,6 +115,7 @@ def test_results_exports_and_a_resumed_run_take_it(made, tmp_path):
     assert found.keys() == projector.keys() and all(torch.equal(found[name], projector[name]) for name in found)
 
 
+@pytest.mark.slow
 def test_a_run_without_it_does_not_go_on_with_it(made, tmp_path):
     assert train.main(flags(made, tmp_path, "--max_steps", "2", "--save_steps", "1")) == 0
     with pytest.raises(ValueError, match="--ema_decay was None, is 0.6"):

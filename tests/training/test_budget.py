@@ -125,6 +125,7 @@ def _unsaid(made, output, *more):
     return parse(TrainConfig, given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gibibytes, samples", [(1, 8), (2, 4), (4, 2), (9, 1), (10, 1)])
 def test_micro_batches_shrink_until_they_fit(made, tmp_path, monkeypatch, caplog, gibibytes, samples):
     _estimates(monkeypatch, gibibytes)
@@ -138,6 +139,7 @@ def test_micro_batches_shrink_until_they_fit(made, tmp_path, monkeypatch, caplog
     assert "smaller batches" not in caplog.text  # there are none of fewer samples
 
 
+@pytest.mark.slow
 def test_remarks_are_told_once_whatever_is_tried(made, tmp_path, monkeypatch, caplog):
     _estimates(monkeypatch, 9)
     calls, whole = [], Groups.of_records
@@ -188,6 +190,7 @@ def test_what_is_said_or_depends_on_it_stays(made, tmp_path, monkeypatch, more):
     assert (found.config.batch_size, found.config.gradient_accumulation_steps) == (8, 1)
 
 
+@pytest.mark.slow
 def test_a_step_of_smaller_micro_batches_is_the_same(made, tmp_path, monkeypatch):
     gradients = []
     for gibibytes in (1, 4):

@@ -120,6 +120,7 @@ def test_the_plan_is_for_the_largest_batch_of_the_run(run, options):
     assert taken <= state.plan.estimated <= 1.1 * taken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given, chosen", [("0", "none"), ("1", 1), ("3", "full"), ("selective", "selective")])
 def test_layers_recomputed_by_hand(run, given, chosen, caplog):
     caplog.set_level("INFO", "fastvid")

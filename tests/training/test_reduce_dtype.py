@@ -97,6 +97,7 @@ def test_the_flag_decides_what_a_step_sends(run, tmp_path):
         assert trained <= replicated["allreduce"] <= trained + 1000
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_it_and_one_process_sends_nothing(run, tmp_path, caplog):
     argv = flags(run, tmp_path, "--max_steps", "1", "--dataloader_num_workers", "0")
     assert train.main(argv) == 0

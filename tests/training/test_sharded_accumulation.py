@@ -145,6 +145,7 @@ def test_bf16_weights_have_copies_only_where_shards_of_gradients_are_added_up(tm
         assert once[0] == whole[0] < each[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gib, whole", [(1, True), (0, False)])
 def test_whole_gradients_are_added_up_where_they_fit(tmp_path, monkeypatch, caplog, gib, whole):
     run = write_run(tmp_path / "run")

@@ -48,6 +48,7 @@ def uploaded(hub):
     return name, found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "run, kind, said",
     [
@@ -69,6 +70,7 @@ def test_what_is_written_is_uploaded_in_one_commit_with_a_card(hub, made, tmp_pa
     assert "uploaded to https://huggingface.co/me/mine" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_card_that_is_there_stays_and_a_name_is_taken_as_given(hub, made, tmp_path, caplog):
     hub.file_exists.return_value = True
     assert exported(made / "adapter", tmp_path / "a.bin", "--hub_model_id", "lab/model") == 0
@@ -77,6 +79,7 @@ def test_a_card_that_is_there_stays_and_a_name_is_taken_as_given(hub, made, tmp_
     assert "has a README.md already, which stays" in caplog.text
 
 
+@pytest.mark.slow
 def test_nothing_is_made_for_one_who_cannot_upload(hub, made, tmp_path):
     for error, said in (
         (LocalTokenNotFoundError("none"), "nobody is logged in; run `hf auth login`, or set HF_TOKEN"),
@@ -96,6 +99,7 @@ def test_nothing_is_made_for_one_who_cannot_upload(hub, made, tmp_path):
     assert uploaded(hub)[0] == "a/b"
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_leaves_the_export_and_says_how_to_go_on(hub, made, tmp_path):
     hub.create_commit.side_effect, output = refused(500), tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match=f"the export is whole, .*try it again: `hf upload me/a {output}`"):

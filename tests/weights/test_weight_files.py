@@ -81,6 +81,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, as_zip):
     assert not trace.exists()
 
 
+@pytest.mark.slow
 def test_files_of_torch_before_zip(tmp_path):
     state = llava_state()
     folder = write_folder(tmp_path / "m", state, ending="bin")
