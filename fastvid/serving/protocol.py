@@ -11,13 +11,16 @@ from typing import Any
 from fastvid.serving.errors import ApiError
 
 _MOST_STOPS, _LONGEST_STOP = 16, 256
-_ASIDE = {  # {field: values of it that ask for nothing}; vLLM's own as well, which its clients send
+# {field: values of it that ask for nothing}; vLLM's own as well, which its clients send. Its "media_io_kwargs" is
+# passed over: lmms-eval names a number of frames in it whatever the model, and videos are read as the weights were
+# trained.
+_ASIDE = {
     "add_generation_prompt": (None, True),
     "audio": (None,),
     "bad_words": (None, []),
     "best_of": (None, 1),
     "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
+    "chat_template_kwargs": (None, {}, {"enable_thinking": False}),
     "continue_final_message": (None, False),
     "echo": (None, False),
     "frequency_penalty": (None, 0),
@@ -33,7 +36,6 @@ _ASIDE = {  # {field: values of it that ask for nothing}; vLLM's own as well, wh
     "logit_bias": (None, {}),
     "logits_processors": (None, []),
     "logprobs": (None, False),
-    "media_io_kwargs": (None, {}),
     "min_p": (None, 0),
     "min_tokens": (None, 0),
     "mm_processor_kwargs": (None, {}),

@@ -52,7 +52,9 @@ def test_many_messages_are_read_or_refused_soon(server, serving_folder):
 
 
 def test_a_conversation_goes_on_behind_an_answer_of_nothing(server, serving_folder):
+    aside = {"media_io_kwargs": {"video": {"num_frames": 32}}, "chat_template_kwargs": {"enable_thinking": False}}
     body = asking(uri(serving_folder / "videos" / "4.mp4"), history=[("who?", "")], max_tokens=2, top_k=-1, min_p=0.0)
+    body |= aside
     texts = set()
     for content in ("", None, []):
         body["messages"][1]["content"] = content
