@@ -107,9 +107,9 @@ def read(body: bytes, longest_text: int, name: str) -> Asked:
     model = _of_kind(value, "model", str)
     if model not in (None, name):
         raise no_model(model, name)
-    for name, harmless in _ASIDE.items():
-        if value.get(name) not in harmless:
-            raise _bad(name, "is not served; leave it out")
+    for field, harmless in _ASIDE.items():
+        if value.get(field) not in harmless:
+            raise _bad(field, "is not served; leave it out")
     if value.get("n") not in (None, 1):
         raise _bad("n", "must be 1: send the request again for another answer")
     options = value.get("stream_options")
